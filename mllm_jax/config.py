@@ -1,0 +1,209 @@
+"""The typed configuration: what a model is, what a stage does, where things are.
+
+Two families of classes. *Architectures* (`VisionConfig`, `DecoderConfig`, `LoraConfig`, `ProjectorConfig`, `ModelConfig`)
+say everything that `mllm_jax.models` needs and nothing else. *Recipes* (`Config` and what it holds) say what a run does; the
+files in `configs/` return one, and `--config.a.b=value` overrides a field of it. An optional number is 0 where it is absent
+and an optional text is "", so that every field can be overridden from the command line.
+
+Only the standard library is imported here: every other room may read the configuration.
+"""
+
+import dataclasses
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, RGB in 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Architectures must be hashable by value: they are static parts of compiled functions. They are not frozen only because the
+# command line sets their fields before anything is built.
+architecture = dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+recipe = dataclasses.dataclass(kw_only=True)
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot work; the message names the field, its value and the remedy."""
+
+
+@architecture
+class VisionConfig:
+  """A ViT of the CLIP family. The defaults are CLIP ViT-L/14 at 336 pixels."""
+
+  image_size: int = 336
+  patch_size: int = 14
+  width: int = 1024
+  layers: int = 24
+  heads: int = 16
+  mlp_width: int = 4096
+  activation: str = "quick_gelu"  # or "gelu"
+  norm_eps: float = 1e-5
+  select_layer: int = -2  # index into [embeddings, after layer 1, ..., after layer L]
+  mean: tuple[float, ...] = CLIP_MEAN
+  std: tuple[float, ...] = CLIP_STD
+
+  @property
+  def grid(self) -> int:
+    """Patches along one side."""
+    return self.image_size // self.patch_size
+
+  @property
+  def layers_used(self) -> int:
+    """How many layers are computed; the rest of the checkpoint is never read."""
+    used = self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
+    if not 0 <= used <= self.layers:
+      raise ConfigError(f"vision.select_layer={self.select_layer} does not exist in a tower of {self.layers} layers")
+    return used
+
+
+@architecture
+class DecoderConfig:
+  """A Llama-type decoder. The defaults are Vicuna-7B v1.5."""
+
+  vocab_size: int = 32000
+  width: int = 4096
+  layers: int = 32
+  heads: int = 32
+  kv_heads: int = 32
+  head_width: int = 128
+  mlp_width: int = 11008
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-5
+  tied_embeddings: bool = False
+
+
+@architecture
+class LoraConfig:
+  """Low-rank adapters (Hu et al. 2021) with PEFT's arithmetic: x A B * alpha / rank. Rank 0 means none."""
+
+  rank: int = 0
+  alpha: float = 256.0
+  dropout: float = 0.05
+  targets: tuple[str, ...] = LORA_TARGETS
+
+
+@architecture
+class ProjectorConfig:
+  """From patch features to visual tokens.
+
+  kind: "spatial" (LLaVA-SP: spatial tokens, then patch tokens) or "mlp2x_gelu" (LLaVA-1.5: patch tokens only).
+  maps: "cropping" (centre crops that grow to the whole map) or "pooling" (the whole map, pooled to growing sizes).
+  stride: patches by which a crop grows on each side; the sizes are 2 stride, 4 stride, ... up to the grid (paper, table 4).
+  sizes: the map sizes themselves, smallest first, where they should not follow from the stride.
+  dfi_kernel: kernel of the detail map of DFI (paper, table 6; its stride is 2); 0 leaves DFI out.
+  conv_width: channels of a spatial token before the last linear layer.
+  head_bias: bias of that layer: "released" (only cropping with DFI has one), "always" or "never".
+  conv_init: "uniform" (+-1/sqrt(fan in), what the released code means to do) or "zeros" (what its construction inside
+    transformers' fast initialisation really gives at full size).
+  """
+
+  kind: str = "spatial"
+  maps: str = "cropping"
+  stride: int = 2
+  sizes: tuple[int, ...] = ()
+  dfi_kernel: int = 16
+  conv_width: int = 512
+  head_bias: str = "released"
+  conv_init: str = "uniform"
+
+
+@architecture
+class ModelConfig:
+  """Everything that `models.mllm.Mllm` is built from.
+
+  dtype: of the computation ("bfloat16", "float32"); norms, softmax, logits and losses are always float32.
+  remat: what the decoder's backward pass recomputes: "none", "named" (keeps the attention's and the MLP's inputs) or "full".
+  """
+
+  vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
+  decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+  projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+  dtype: str = "bfloat16"
+  remat: str = "full"
+
+
+@recipe
+class ModelRecipe:
+  """Where the weights come from (Hugging Face folders), and what stands between the towers."""
+
+  vision: str = "weights/clip-vit-large-patch14-336"
+  llm: str = "weights/vicuna-7b-v1.5"
+  projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
+  dtype: str = "bfloat16"
+  frozen_dtype: str = "bfloat16"
+  remat: str = "full"
+
+
+@recipe
+class DataConfig:
+  """One data set: a LLaVA JSON or JSONL file and the folder its image paths are relative to.
+
+  "{workdir}" in a path stands for the run's folder. Rows longer than max_length are truncated after the visual tokens stand
+  in them; every row has max_length places. max_images is the number of image crops a row has room for.
+  """
+
+  path: str = ""
+  image_folder: str = ""
+  template: str = "vicuna_v1"  # or "plain"
+  max_length: int = 2048
+  max_images: int = 1
+
+
+@recipe
+class StageConfig:
+  """One training stage. `parameters` is a table of (regular expression, learning rate); rate 0 freezes. Each parameter's path
+  must be matched in full by exactly one row."""
+
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+  parameters: tuple[tuple[str, float], ...] = ()
+  batch_size: int = 256
+  accumulation: int = 1  # micro-batches a step is computed in
+  epochs: float = 1.0
+  steps: int = 0  # 0: as many as the epochs make
+  warmup_ratio: float = 0.03
+  weight_decay: float = 0.0
+  beta1: float = 0.9
+  beta2: float = 0.999
+  eps: float = 1e-8
+  clip_norm: float = 0.0  # 0: no clipping, as the released runs in effect had none
+
+
+@recipe
+class MeshConfig:
+  """Devices along each axis; one of them may be -1: all that are left."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@recipe
+class EvaluationConfig:
+  """Questions asked after each stage: a LLaVA JSON whose samples may name a "category". An empty path asks none."""
+
+  path: str = ""
+  image_folder: str = ""
+  batch_size: int = 64
+  max_new_tokens: int = 16
+  blank: bool = True  # ask again with the pictures blanked, to see what the text alone gives
+
+
+@recipe
+class Config:
+  """A whole run."""
+
+  name: str = ""
+  demo: bool = False  # write the digits data set into {workdir}/data first
+  seed: int = 0
+  stages: str = "pretrain,finetune"
+  model: ModelRecipe = dataclasses.field(default_factory=ModelRecipe)
+  pretrain: StageConfig = dataclasses.field(default_factory=StageConfig)
+  finetune: StageConfig = dataclasses.field(default_factory=StageConfig)
+  evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  log_every: int = 10
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+  max_nonfinite: int = 5  # steps in a row with a loss or gradient that is not finite, after which the run saves and stops
+  loader_threads: int = 4
+  wandb_project: str = ""
