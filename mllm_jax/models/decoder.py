@@ -1,0 +1,159 @@
+"""The language model: a Llama-type decoder (Touvron et al. 2023), for training and with a key-value cache for generation."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig
+from mllm_jax.models import lora as lora_lib
+from mllm_jax.models.attention import attention
+from mllm_jax.models.layers import Linear, RMSNorm, normal, stack
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "named": jax.checkpoint_policies.save_only_these_names("queries", "keys", "values", "attended", "gate", "up"),
+    "none": None,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of every layer, [L, B, T, G, N]; the token at position t of a row lies in slot t."""
+
+  keys: Any
+  values: Any
+
+  @classmethod
+  def empty(cls, config: DecoderConfig, rows: int, slots: int, dtype: Any) -> "KVCache":
+    shape = (config.layers, rows, slots, config.kv_heads, config.head_width)
+    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def rotary_angles(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine of the rotary angles, float32 [B, S, 1, N/2], of integer positions [B, S]."""
+  exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
+  angles = positions[..., None, None].astype(jnp.float32) * config.rope_theta**-exponents
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of x [B, S, H, N]; dimension i is paired with i + N/2, as in Hugging Face's checkpoints."""
+  cos, sin = rotary
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class DecoderLayer(nnx.Module):
+  """One pre-norm layer: grouped-query attention with rotary positions, then a SwiGLU MLP."""
+
+  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, rngs: nnx.Rngs):
+    self.head_width = config.head_width
+    query_width, key_width = config.heads * config.head_width, config.kv_heads * config.head_width
+
+    def linear(name, in_width, out_width):
+      adapter = lora_lib.make(name, in_width, out_width, lora, rngs)
+      return Linear(in_width, out_width, bias=False, rngs=rngs, lora=adapter)
+
+    self.input_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+    self.q_proj = linear("q_proj", config.width, query_width)
+    self.k_proj = linear("k_proj", config.width, key_width)
+    self.v_proj = linear("v_proj", config.width, key_width)
+    self.o_proj = linear("o_proj", query_width, config.width)
+    self.post_attention_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+    self.gate_proj = linear("gate_proj", config.width, config.mlp_width)
+    self.up_proj = linear("up_proj", config.width, config.mlp_width)
+    self.down_proj = linear("down_proj", config.mlp_width, config.width)
+
+  def __call__(self, x, rotary, mask, cache=None, slots=None, dropout_key=None):
+    """x [B, S, D]; mask bool [B, 1, S, T]; cache: this layer's (keys, values), [B, T, G, N] each, or None.
+
+    Returns (x, cache). With a cache the new keys and values are written to `slots` [B, S] of it and attention runs over it.
+    """
+    keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+    split = lambda y: y.reshape(*y.shape[:2], -1, self.head_width)
+    h = self.input_norm(x)
+    q = checkpoint_name(rotate(split(self.q_proj(h, keys[0])), rotary), "queries")
+    k = checkpoint_name(rotate(split(self.k_proj(h, keys[1])), rotary), "keys")
+    v = checkpoint_name(split(self.v_proj(h, keys[2])), "values")
+    if cache is not None:
+      rows = jnp.arange(x.shape[0])[:, None]
+      k, v = cache = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
+    attended = attention(q, k, v, mask)
+    attended = checkpoint_name(attended.reshape(*x.shape[:2], -1), "attended")
+    x = x + self.o_proj(attended, keys[3])
+    h = self.post_attention_norm(x)
+    gate, up = checkpoint_name(self.gate_proj(h, keys[4]), "gate"), checkpoint_name(self.up_proj(h, keys[5]), "up")
+    return x + self.down_proj(jax.nn.silu(gate) * up, keys[6]), cache
+
+
+class Decoder(nnx.Module):
+  """Embedding table, stacked layers, final norm, and the head that gives logits."""
+
+  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype: str, remat: str, rngs: nnx.Rngs):
+    if remat not in REMAT_POLICIES:
+      raise ConfigError(f"model.remat={remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
+    if config.heads % config.kv_heads:
+      raise ConfigError(f"decoder.heads={config.heads} is no multiple of decoder.kv_heads={config.kv_heads}")
+    self.config = config
+    self.dtype = jnp.dtype(dtype)
+    self.remat = remat
+    self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.width)))
+    self.layers = stack(lambda rngs: DecoderLayer(config, lora, rngs=rngs), config.layers, rngs)
+    self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+    self.head = None if config.tied_embeddings else nnx.Param(normal(0.02)(rngs.params(), (config.width, config.vocab_size)))
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """Token ids [B, S] -> embeddings [B, S, D] in the decoder's type."""
+    return self.embedding[...][tokens].astype(self.dtype)
+
+  @jax.named_scope("decoder")
+  def __call__(self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+               dropout_key: jax.Array | None = None) -> jax.Array:
+    """Normed hidden states [B, S, D] of whole rows; a token sees the earlier ones of its own segment.
+
+    embeddings [B, S, D], positions and segment_ids int [B, S]. With a key the adapters' dropout is active.
+    """
+    places = jnp.arange(positions.shape[1])
+    mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (places[:, None] >= places[None, :])
+    rotary = rotary_angles(positions, self.config)
+
+    def layer(carry, module):
+      x, index = carry
+      key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+      x, _ = module(x, rotary, mask[:, None], dropout_key=key)
+      return (x, index + 1), None
+
+    if self.remat != "none":
+      layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    (x, _), _ = jax.lax.scan(layer, (embeddings.astype(self.dtype), 0), self.layers)
+    return self.norm(x)
+
+  @jax.named_scope("decoder_cached")
+  def extend(self, embeddings: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Normed hidden states [B, S, D] of new tokens at `positions` [B, S], and the cache with them in it.
+
+    A token sees every slot up to its own position, so what stands in later slots (padding, an abandoned answer) is not seen.
+    """
+    slots = jnp.arange(cache.keys.shape[2])
+    mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
+    rotary = rotary_angles(positions, self.config)
+
+    def layer(x, xs):
+      module, keys, values = xs
+      return module(x, rotary, mask, cache=(keys, values), slots=positions)
+
+    x, (keys, values) = jax.lax.scan(layer, embeddings.astype(self.dtype), (self.layers, cache.keys, cache.values))
+    return self.norm(x), KVCache(keys, values)
+
+  def head_kernel(self) -> jax.Array:
+    """The matrix [D, V] from hidden states to logits, as stored."""
+    return self.embedding[...].T if self.head is None else self.head[...]
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Hidden states [..., D] -> float32 logits [..., V]; the product is accumulated in float32."""
+    return jnp.matmul(hidden, self.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,76 @@
+"""The vision tower: a ViT of the CLIP family (Radford et al. 2021), from pixels to patch features."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax.config import ConfigError, VisionConfig
+from mllm_jax.models.attention import attention
+from mllm_jax.models.layers import LayerNorm, Linear, normal, stack
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class VisionLayer(nnx.Module):
+  """One pre-norm transformer layer."""
+
+  def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    self.heads = config.heads
+    self.activation = config.activation
+    self.norm1 = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+    self.q_proj = Linear(config.width, config.width, bias=True, rngs=rngs)
+    self.k_proj = Linear(config.width, config.width, bias=True, rngs=rngs)
+    self.v_proj = Linear(config.width, config.width, bias=True, rngs=rngs)
+    self.out_proj = Linear(config.width, config.width, bias=True, rngs=rngs)
+    self.norm2 = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+    self.fc1 = Linear(config.width, config.mlp_width, bias=True, rngs=rngs)
+    self.fc2 = Linear(config.mlp_width, config.width, bias=True, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [B, P, C] -> [B, P, C]."""
+    h = self.norm1(x)
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
+    attended = attention(split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h)))
+    x = x + self.out_proj(attended.reshape(x.shape))
+    return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
+
+
+class VisionTower(nnx.Module):
+  """Patch features `hidden_states[select_layer]` without the class token, as LLaVA takes them.
+
+  Only the layers that are used exist: with the released select_layer -2 the last layer and the post-norm are neither computed
+  nor stored.
+  """
+
+  def __init__(self, config: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+    if config.image_size % config.patch_size:
+      raise ConfigError(f"vision.image_size={config.image_size} is no multiple of vision.patch_size={config.patch_size}")
+    if config.activation not in ACTIVATIONS:
+      raise ConfigError(f"vision.activation={config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+    self.config = config
+    self.dtype = jnp.dtype(dtype)
+    embedding = normal(0.02)
+    self.patch_embedding = Linear(config.patch_size**2 * 3, config.width, bias=False, rngs=rngs)
+    self.class_embedding = nnx.Param(embedding(rngs.params(), (config.width,)))
+    self.position_embedding = nnx.Param(embedding(rngs.params(), (config.grid**2 + 1, config.width)))
+    self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+    self.layers = stack(lambda rngs: VisionLayer(config, rngs=rngs), config.layers_used, rngs)
+
+  def normalise(self, pixels: jax.Array) -> jax.Array:
+    """uint8 [..., H, W, 3] -> float32 of the same shape: (pixels / 255 - mean) / std by colour."""
+    mean, std = jnp.asarray(self.config.mean, jnp.float32), jnp.asarray(self.config.std, jnp.float32)
+    return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+  @jax.named_scope("vision")
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Normalised images, float [B, H, W, 3] -> patch features [B, P, C], row-major over the grid, in the tower's type."""
+    config, grid, side = self.config, self.config.grid, self.config.patch_size
+    patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side**2 * 3)
+    x = self.patch_embedding(patches.astype(self.dtype))
+    class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, config.width))
+    x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(self.dtype)
+    x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), self.pre_norm(x), self.layers)
+    return x[:, 1:]
