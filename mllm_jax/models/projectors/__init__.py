@@ -1,0 +1,23 @@
+"""Projectors: from patch features [B, P, C] to visual tokens [B, T, D]."""
+
+from flax import nnx
+
+from mllm_jax.config import ConfigError, ModelConfig
+from mllm_jax.models.projectors.mlp import MlpProjector
+from mllm_jax.models.projectors.spatial import SpatialProjector, map_sizes
+
+
+def make(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+  """The projector that `config.projector.kind` names, between the widths of the two towers."""
+  vision, projector, width = config.vision, config.projector, config.decoder.width
+  if projector.kind == "mlp2x_gelu":
+    return MlpProjector(vision.width, width, rngs=rngs)
+  if projector.kind == "spatial":
+    return SpatialProjector(projector, vision.grid, vision.width, width, rngs=rngs)
+  raise ConfigError(f"projector.kind={projector.kind!r} is unknown; known: spatial, mlp2x_gelu")
+
+
+def tokens_per_crop(config: ModelConfig) -> int:
+  """T: how many visual tokens the projector makes of one crop."""
+  patches = config.vision.grid**2
+  return patches + (len(map_sizes(config.projector, config.vision.grid)) if config.projector.kind == "spatial" else 0)

@@ -1,0 +1,48 @@
+"""The whole model: vision tower -> projector -> splice -> decoder."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax.batch import Batch
+from mllm_jax.config import ModelConfig
+from mllm_jax.models import projectors
+from mllm_jax.models.decoder import Decoder
+from mllm_jax.models.vision import VisionTower
+
+
+class Mllm(nnx.Module):
+  """A LLaVA-type multimodal language model."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.vision = VisionTower(config.vision, dtype=config.dtype, rngs=rngs)
+    self.projector = projectors.make(config, rngs)
+    self.decoder = Decoder(config.decoder, config.lora, dtype=config.dtype, remat=config.remat, rngs=rngs)
+
+  def visual_tokens(self, pixels: jax.Array) -> jax.Array:
+    """uint8 crops [B, K, H, W, 3] -> visual tokens [B, K*T, D]: crop after crop, all rows' crops in one pass of the tower."""
+    rows, crops = pixels.shape[:2]
+    images = self.vision.normalise(pixels).reshape(rows * crops, *pixels.shape[2:])
+    tokens = self.projector(self.vision(images))
+    return tokens.reshape(rows, -1, tokens.shape[-1])
+
+  def embed(self, tokens: jax.Array, visual_index: jax.Array, visual_tokens: jax.Array) -> jax.Array:
+    """The decoder's input [B, S, D]: token embeddings, and row `visual_index` of the visual tokens where it is not -1."""
+    text = self.decoder.embed(tokens)
+    visual = jnp.take_along_axis(visual_tokens, jnp.maximum(visual_index, 0)[..., None], axis=1)
+    return jnp.where((visual_index >= 0)[..., None], visual.astype(text.dtype), text)
+
+  def hidden(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Normed hidden states [B, S, D] of a batch. With a key the adapters' dropout is active."""
+    embeddings = self.embed(batch.tokens, batch.visual_index, self.visual_tokens(batch.pixels))
+    return self.decoder(embeddings, batch.positions, batch.segment_ids, dropout_key)
+
+  def logits(self, batch: Batch) -> jax.Array:
+    """float32 [B, S, V]. Training never calls this: it takes the loss from hidden states, chunk by chunk."""
+    return self.decoder.logits(self.hidden(batch))
+
+
+def abstract(config: ModelConfig) -> Mllm:
+  """The model with shapes and types instead of arrays: nothing is allocated."""
+  return nnx.eval_shape(lambda: Mllm(config, rngs=nnx.Rngs(0)))

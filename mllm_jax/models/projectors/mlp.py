@@ -1,0 +1,24 @@
+"""The MLP projector of LLaVA-1.5 (Liu et al. 2023), `mlp2x_gelu`: one visual token a patch."""
+
+import math
+
+import jax
+from flax import nnx
+
+from mllm_jax.models.layers import Linear, uniform
+
+
+class MlpProjector(nnx.Module):
+  """Linear, exact GELU, Linear; initialised as PyTorch initialises a Linear layer, +-1/sqrt(fan in)."""
+
+  def __init__(self, in_width: int, out_width: int, *, rngs: nnx.Rngs):
+    def linear(width):
+      init = uniform(1 / math.sqrt(width))
+      return Linear(width, out_width, bias=True, rngs=rngs, kernel_init=init, bias_init=init)
+
+    self.fc1 = linear(in_width)
+    self.fc2 = linear(out_width)
+
+  def __call__(self, patch_features: jax.Array) -> jax.Array:
+    """patch_features [B, P, C] -> visual tokens [B, P, D]."""
+    return self.fc2(jax.nn.gelu(self.fc1(patch_features), approximate=False))
