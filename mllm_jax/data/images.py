@@ -1,0 +1,83 @@
+"""Images: from a file to the uint8 square that the vision tower's preprocessing is defined on.
+
+Decoding and resizing are Pillow's, because the released preprocessing is defined by Pillow's bicubic filter on uint8. Every
+array is height x width x channel, whatever its size: the released processor reads a 3x3 picture as channels first and refuses
+a 1x1 one.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from mllm_jax.config import VisionConfig
+from mllm_jax.data.records import DataError
+
+# What Pillow raises on damaged files, beside OSError: its plugins let the parsers' own exceptions through.
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error, zlib.error,
+           Image.DecompressionBombError)
+
+
+def load(path: str, *, sample_name: str = "") -> Image.Image:
+  """Decodes a file to 8-bit RGB.
+
+  As in the released path: the first frame of an animation, alpha dropped and not composited, EXIF orientation ignored (boxes
+  in the conversations refer to the stored pixels). Unlike it, 16-bit greyscale is rescaled to 8 bits; Pillow's own conversion
+  clips it at 255, which turns most such pictures white.
+
+  Raises:
+    DataError: the file is missing, not an image, truncated, damaged, or larger than Pillow's limit for decompression bombs.
+  """
+  prefix = f"{sample_name}: " if sample_name else ""
+  try:
+    with Image.open(path) as image:
+      image.seek(0)
+      image.load()  # Pillow reads lazily: a truncated file shows itself only here
+      return _to_rgb(image)
+  except FileNotFoundError:
+    raise DataError(f"{prefix}image {path} is missing; restore the file, set data.image_folder, or take the sample out") from None
+  except DAMAGED as error:
+    raise DataError(f"{prefix}image {path} cannot be decoded ({type(error).__name__}: {error}); "
+                    "fetch the file again or take the sample out") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  # Older releases of Pillow open 16-bit greyscale PNGs in mode I.
+  if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 -> 255, rounded
+  if image.mode in ("I", "F"):
+    raise ValueError(f"pixel mode {image.mode} has no known range; save it with 8 or 16 bits")
+  return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+  """Centres an RGB image on a square as long as its longer side; an odd pixel goes below or to the right.
+
+  Raises:
+    DataError: the square is larger than Pillow's limit for decompression bombs (a strip may be small and its square not).
+  """
+  width, height = image.size
+  side = max(width, height)
+  if Image.MAX_IMAGE_PIXELS is not None and side * side > 2 * Image.MAX_IMAGE_PIXELS:
+    raise DataError(f"an image of {width} x {height} needs a square of {side} x {side} pixels; shrink it first")
+  if width == height:
+    return image
+  square = Image.new("RGB", (side, side), fill)
+  square.paste(image, ((side - width) // 2, (side - height) // 2))
+  return square
+
+
+def preprocess(image: Image.Image, vision: VisionConfig) -> np.ndarray:
+  """An RGB image padded to a square with the mean colour and resized bicubically: uint8 [image_size, image_size, 3]."""
+  fill = tuple(int(255 * mean) for mean in vision.mean)
+  square = pad_to_square(image, fill)
+  return np.asarray(square.resize((vision.image_size, vision.image_size), Image.Resampling.BICUBIC), np.uint8)
+
+
+def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+  """uint8 [..., 3] -> float32 [..., 3]: (pixels / 255 - mean) / std, what the vision tower eats."""
+  scaled = pixels.astype(np.float32) / np.float32(255)
+  return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

@@ -1,0 +1,70 @@
+"""Layout: which token, or which visual token, stands at which place of a row.
+
+A projector makes a table of visual tokens for each row. Here every image placeholder becomes a run of indices into that
+table, so that on the device one gather puts the visual tokens between the text's embeddings.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mllm_jax.data.chat import IMAGE_TOKEN_INDEX, Encoded
+
+
+class RowArrays(NamedTuple):
+  """One row's places, each [S]; the fields mean what they mean in `mllm_jax.batch.Batch`."""
+
+  tokens: np.ndarray  # int32
+  targets: np.ndarray  # int32
+  loss_weights: np.ndarray  # float32
+  segment_ids: np.ndarray  # int32
+  positions: np.ndarray  # int32
+  visual_index: np.ndarray  # int32
+
+
+PADDING = RowArrays(tokens=0, targets=0, loss_weights=0, segment_ids=0, positions=0, visual_index=-1)
+
+
+def expand(encoded: Encoded, tokens_per_image: Sequence[int], max_length: int | None = None) -> RowArrays:
+  """Puts each image's visual tokens in the place of its placeholder, then cuts the row to `max_length` places.
+
+  The order matters: cutting the text first, as the released collator also does, can lose an answer that would have fitted or
+  keep one that does not. Image i's tokens are rows sum(tokens_per_image[:i]) and following of the row's visual-token table.
+  Place s is weighted 1 if place s + 1 is still in the row and is trained on.
+
+  Args:
+    encoded: ids with a placeholder for each image, and which of them are trained on.
+    tokens_per_image: visual tokens of each image, in the order of the placeholders.
+    max_length: places kept; None keeps all.
+
+  Returns:
+    Arrays of length S = min(max_length, text + visual tokens), without padding.
+
+  Raises:
+    ValueError: the number of placeholders is not the number of images.
+  """
+  is_image = encoded.ids == IMAGE_TOKEN_INDEX
+  if is_image.sum() != len(tokens_per_image):
+    raise ValueError(f"{is_image.sum()} image placeholders but {len(tokens_per_image)} images")
+  repeats = np.ones(len(encoded.ids), np.int64)
+  repeats[is_image] = tokens_per_image
+  is_visual = np.repeat(is_image, repeats)[:max_length]
+  tokens = np.where(is_visual, 0, np.repeat(encoded.ids, repeats)[:max_length]).astype(np.int32)
+  trained_on = np.repeat(encoded.trained_on & ~is_image, repeats)[:max_length]
+  # The table's rows are taken in order, so the k-th visual place of the row is row k.
+  visual_index = np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
+
+  length = len(tokens)
+  targets, loss_weights = np.zeros(length, np.int32), np.zeros(length, np.float32)
+  targets[:-1] = np.where(trained_on[1:], tokens[1:], 0)
+  loss_weights[:-1] = trained_on[1:]
+  return RowArrays(tokens, targets, loss_weights, np.ones(length, np.int32), np.arange(length, dtype=np.int32), visual_index)
+
+
+def pad(row: RowArrays, length: int) -> RowArrays:
+  """The row with padding on the right up to `length` places. Raises ValueError if it is longer."""
+  missing = length - len(row.tokens)
+  if missing < 0:
+    raise ValueError(f"a row of {len(row.tokens)} places cannot be padded to {length}")
+  return RowArrays(*(np.pad(values, (0, missing), constant_values=fill) for values, fill in zip(row, PADDING, strict=True)))

@@ -1,0 +1,117 @@
+"""Processor: a conversation and its images become one row. Training and inference share it, so that they cannot differ."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mllm_jax.batch import Batch
+from mllm_jax.config import VisionConfig
+from mllm_jax.data import chat, images, layout
+from mllm_jax.data.records import DataError, Sample, Turn
+
+
+class Row(NamedTuple):
+  """One row of a `Batch`: the same fields without the leading B."""
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  loss_weights: np.ndarray
+  segment_ids: np.ndarray
+  positions: np.ndarray
+  visual_index: np.ndarray
+  pixels: np.ndarray
+  grids: np.ndarray
+
+
+class Processor:
+  """Makes rows of fixed shape; can be pickled and used by several threads.
+
+  Args:
+    tokenizer: from `chat.load_tokenizer`.
+    vision: image size, patch grid and mean colour of the vision tower.
+    tokens_per_image: visual tokens the projector makes of one image.
+    template: a name in `chat.TEMPLATES`.
+    max_length: places in a training row.
+    max_images: images a row has room for (K).
+  """
+
+  def __init__(self, tokenizer: chat.ChatTokenizer, vision: VisionConfig, tokens_per_image: int, template: str,
+               max_length: int, max_images: int):
+    if template not in chat.TEMPLATES:
+      raise DataError(f"unknown template {template!r}; data.template must be one of {', '.join(chat.TEMPLATES)}")
+    self.tokenizer = tokenizer
+    self.vision = vision
+    self.tokens_per_image = tokens_per_image
+    self.template = template
+    self.max_length = max_length
+    self.max_images = max_images
+
+  def row(self, sample: Sample) -> Row:
+    """A training row of max_length places; a sample without images has black pixels and grids of 0.
+
+    Raises:
+      DataError: the sample has a problem that `records.check` reports, an image cannot be decoded, or no trained-on token
+        is left in max_length places. The message names the sample.
+    """
+    try:
+      encoded = chat.encode(sample.turns, self.template, self.tokenizer, len(sample.images), sample.system)
+      self._check_room(len(sample.images))
+      places = layout.expand(encoded, [self.tokens_per_image] * len(sample.images), self.max_length)
+      if not places.loss_weights.any():
+        raise DataError(self._nothing_left(encoded, len(sample.images)))
+      pixels, grids = self._pixels([images.load(path) for path in sample.images])
+    except DataError as error:
+      raise DataError(f"{sample.name}: {error}") from error
+    return Row(*layout.pad(places, self.max_length), pixels, grids)
+
+  def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], max_length: int | None = None,
+             system: str | None = None) -> Row:
+    """A row whose last human turn waits for its answer; nothing in it is trained on.
+
+    Args:
+      turns: ending with a human turn; `<image>` once in the human turns for each picture.
+      pictures: in the order of the placeholders; any mode that Pillow converts to RGB.
+      max_length: places of the row, the rest padded; None makes it as long as the prompt.
+      system: replaces the template's system text.
+
+    Raises:
+      DataError: placeholders and pictures do not match, too many pictures, or a prompt longer than max_length, which is
+        never cut because its end is what asks for the answer.
+    """
+    ids = chat.encode_prompt(turns, self.template, self.tokenizer, len(pictures), system)
+    self._check_room(len(pictures))
+    encoded = chat.Encoded(ids, np.zeros(len(ids), bool))
+    places = layout.expand(encoded, [self.tokens_per_image] * len(pictures))
+    length = len(places.tokens) if max_length is None else max_length
+    if len(places.tokens) > length:
+      raise DataError(f"the prompt takes {len(places.tokens)} places and there are {length}; shorten it or raise max_length")
+    pixels, grids = self._pixels([picture.convert("RGB") for picture in pictures])
+    return Row(*layout.pad(places, length), pixels, grids)
+
+  def _check_room(self, n_images: int) -> None:
+    if n_images > self.max_images:
+      raise DataError(f"{n_images} images, and a row has room for {self.max_images}; raise data.max_images")
+
+  def _pixels(self, pictures: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [K, H, W, 3] and int32 [K, 2]; what no picture uses stays 0."""
+    size = self.vision.image_size
+    pixels = np.zeros((self.max_images, size, size, 3), np.uint8)
+    grids = np.zeros((self.max_images, 2), np.int32)
+    for k, picture in enumerate(pictures):
+      pixels[k] = images.preprocess(picture, self.vision)
+      grids[k] = self.vision.grid
+    return pixels, grids
+
+  def _nothing_left(self, encoded: chat.Encoded, n_images: int) -> str:
+    if not encoded.trained_on.any():
+      return "no answer that is not empty, so nothing to train on; add one or take the sample out"
+    text, visual = len(encoded.ids) - n_images, n_images * self.tokens_per_image
+    return (f"no trained-on token is left in {self.max_length} places ({text} text and {visual} visual tokens); "
+            "raise data.max_length or take the sample out")
+
+
+def collate(rows: Iterable[Row]) -> Batch:
+  """Stacks rows of equal shape into a Batch of NumPy arrays [B, ...]."""
+  return Batch(**{field: np.stack(values) for field, values in zip(Row._fields, zip(*rows, strict=True), strict=True)})
