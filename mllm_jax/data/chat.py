@@ -70,6 +70,7 @@ class ChatTokenizer:
     first token, or stands alone before it, and belongs to it either way.
     """
     marker, tokenizer = self._marker, self._with_marker
+    pieces = [piece for piece in pieces if piece.text or piece.kind == "end"]
     if any(marker in piece.text for piece in pieces):
       marker = next(chr(code) for code in PRIVATE_USE if not any(chr(code) in piece.text for piece in pieces))
       tokenizer = _backend(self._json, marker)
@@ -138,7 +139,8 @@ def vicuna_v1(turns: Sequence[Turn], system: str | None) -> list[Piece]:
 
   A turn without text ends at its colon, as in the released code: this is where a prompt waits for its answer.
   """
-  pieces = [Piece("text", (VICUNA_SYSTEM if system is None else system) + " ")]
+  system = VICUNA_SYSTEM if system is None else system
+  pieces = [Piece("text", system + " ")] if system else []
   for turn in turns:
     pieces.append(Piece("text", "USER:" if turn.role == "human" else "ASSISTANT:"))
     if turn.role == "human" and turn.text:

@@ -35,21 +35,24 @@ def load(path: str, *, sample_name: str = "") -> Image.Image:
     with Image.open(path) as image:
       image.seek(0)
       image.load()  # Pillow reads lazily: a truncated file shows itself only here
-      return _to_rgb(image)
+      return to_rgb(image)
   except FileNotFoundError:
     raise DataError(f"{prefix}image {path} is missing; restore the file, set data.image_folder, or take the sample out") from None
+  except DataError as error:
+    raise DataError(f"{prefix}image {path}: {error}") from error
   except DAMAGED as error:
     raise DataError(f"{prefix}image {path} cannot be decoded ({type(error).__name__}: {error}); "
                     "fetch the file again or take the sample out") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+  """8-bit RGB by `load`'s rules. Raises DataError for modes whose range nobody has said (32-bit integers and floats)."""
   # Older releases of Pillow open 16-bit greyscale PNGs in mode I.
   if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
     values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 -> 255, rounded
   if image.mode in ("I", "F"):
-    raise ValueError(f"pixel mode {image.mode} has no known range; save it with 8 or 16 bits")
+    raise DataError(f"pixel mode {image.mode!r} has no known range; save it with 8 or 16 bits")
   return image.convert("RGB")
 
 

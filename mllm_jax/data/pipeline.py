@@ -69,11 +69,15 @@ class TrainingBatches:
 
   def indices(self, step: int) -> np.ndarray:
     """int64 [accumulation, rows]: which records this process takes in a step."""
+    count = self._shape[0] * self._shape[1]
+    return np.array([self._index(step * count + i) for i in range(count)]).reshape(self._shape)
+
+  def _index(self, place: int) -> int:
+    """The record of the place-th row that this process makes, counted over all steps."""
     micro_batches, rows = self._shape
-    first = step * self._batch_size + self._process_index * rows
+    micro_batch, row = divmod(place, rows)  # micro-batches too are counted over all steps
     micro_batch_size = self._batch_size // micro_batches
-    places = first + np.arange(micro_batches)[:, None] * micro_batch_size + np.arange(rows)
-    return np.vectorize(self._order.__getitem__, otypes=[np.int64])(places)
+    return int(self._order[micro_batch * micro_batch_size + self._process_index * rows + row])
 
   def iterate(self, start_step: int = 0) -> Iterator[tuple[list[str], Batch]]:
     """The batches from start_step on, the same as in a run from the beginning.
@@ -96,9 +100,7 @@ class TrainingBatches:
       yield [name for name, _ in step_rows], self._batch([row for _, row in step_rows])
 
   def _row(self, place: int) -> tuple[str, Row]:
-    """The place-th row that this process makes, counted over all steps, and the id of its sample."""
-    step, rest = divmod(int(place), self._shape[0] * self._shape[1])
-    sample = self._records[int(self.indices(step).flat[rest])]
+    sample = self._records[self._index(int(place))]
     return sample.id, self._processor.row(sample)
 
   def _batch(self, rows: list[Row]) -> Batch:

@@ -72,7 +72,7 @@ class Processor:
 
     Args:
       turns: ending with a human turn; `<image>` once in the human turns for each picture.
-      pictures: in the order of the placeholders; any mode that Pillow converts to RGB.
+      pictures: in the order of the placeholders; any mode that `images.to_rgb` knows.
       max_length: places of the row, the rest padded; None makes it as long as the prompt.
       system: replaces the template's system text.
 
@@ -87,7 +87,7 @@ class Processor:
     length = len(places.tokens) if max_length is None else max_length
     if len(places.tokens) > length:
       raise DataError(f"the prompt takes {len(places.tokens)} places and there are {length}; shorten it or raise max_length")
-    pixels, grids = self._pixels([picture.convert("RGB") for picture in pictures])
+    pixels, grids = self._pixels([images.to_rgb(picture) for picture in pictures])
     return Row(*layout.pad(places, length), pixels, grids)
 
   def _check_room(self, n_images: int) -> None:

@@ -96,7 +96,7 @@ class Records(Sequence):
     """Sample i. Raises IndexError past the end, DataError if its structure is not a LLaVA sample's."""
     raw = self._raw[i]
     index = i + len(self) if i < 0 else i
-    name = _name(self.source, index, raw.get("id") if isinstance(raw, dict) else None)
+    name = _name(self.source, index, raw.get("id", index) if isinstance(raw, dict) else None)
     if not isinstance(raw, dict):
       raise DataError(f"{name}: is a {type(raw).__name__} where an object is needed; write {{'id': ..., 'conversations': [...]}}")
     identity = raw.get("id", index)

@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_jax.config import VisionConfig
+from mllm_jax.data import images
+from mllm_jax.data.records import DataError
+
+VISION = VisionConfig()
+NAMES = ("wide640x360", "tall300x500", "square336")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preprocessing_is_the_released_one(name, goldens):
+  golden = np.load(goldens / f"img_{name}.npz")
+  image = Image.fromarray(golden["image_uint8"])
+  fill = tuple(int(255 * mean) for mean in VISION.mean)
+  assert fill == tuple(golden["clip.bg"]) == (122, 116, 104)
+  assert images.pad_to_square(image, fill).size == tuple(golden["clip.square_size"])
+  pixels = images.preprocess(image, VISION)
+  assert pixels.dtype == np.uint8
+  np.testing.assert_array_equal(pixels, golden["clip.resized_uint8"])
+  normal = images.normalise(pixels, VISION.mean, VISION.std)
+  assert normal.dtype == np.float32
+  # float32 rounding of values up to 2.7
+  np.testing.assert_allclose(normal.transpose(2, 0, 1), golden["clip.pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_odd_padding_goes_below_and_to_the_right():
+  white = Image.new("RGB", (2, 5), (255, 255, 255))
+  columns = np.asarray(images.pad_to_square(white, (1, 2, 3)))[0]
+  assert columns.tolist() == [[1, 2, 3]] + [[255] * 3] * 2 + [[1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (3, 3), (1, 3), (3, 1)])
+def test_the_smallest_pictures_are_height_by_width_by_channel(height, width):
+  colour = (10, 200, 60)
+  pixels = images.preprocess(Image.new("RGB", (width, height), colour), VISION)
+  assert pixels.shape == (336, 336, 3)
+  assert pixels[168, 168].tolist() == list(colour)
+
+
+def test_strips():
+  assert images.preprocess(Image.new("RGB", (2000, 1)), VISION).shape == (336, 336, 3)
+  with pytest.raises(DataError, match="100000 x 1 needs a square of 100000 x 100000 pixels; shrink it"):
+    images.preprocess(Image.new("RGB", (100000, 1)), VISION)
+
+
+def save(tmp_path, image, name, **options):
+  path = tmp_path / name
+  image.save(path, **options)
+  return str(path)
+
+
+def test_16_bit_greyscale_is_rescaled(tmp_path):
+  ramp = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
+  for name in ("ramp.png", "ramp.tiff"):
+    loaded = images.load(save(tmp_path, Image.fromarray(ramp), name))
+    assert loaded.mode == "RGB"
+    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255], name
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 2), np.int32), np.zeros((2, 2), np.float32)])
+def test_modes_without_a_range_are_refused(tmp_path, values):
+  path = save(tmp_path, Image.fromarray(values), "x.tiff")
+  with pytest.raises(DataError, match=f"^s: image {path}: pixel mode .* save it with 8 or 16 bits"):
+    images.load(path, sample_name="s")
+
+
+@pytest.mark.parametrize("mode,colour,expected", [
+    ("RGBA", (255, 0, 0, 0), [255, 0, 0]),  # alpha dropped, not composited
+    ("LA", (80, 0), [80] * 3),
+    ("L", 80, [80] * 3),
+    ("1", 1, [255] * 3),
+])
+def test_modes(tmp_path, mode, colour, expected):
+  path = save(tmp_path, Image.new(mode, (4, 4), colour), "x.png")
+  assert np.asarray(images.load(path))[2, 2].tolist() == expected
+
+
+def test_palette_transparency_is_ignored(tmp_path):
+  image = Image.new("P", (4, 4), 1)
+  image.putpalette([0, 0, 0, 255, 0, 0])
+  path = save(tmp_path, image, "x.png", transparency=1)
+  assert np.asarray(images.load(path))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_cmyk(tmp_path):
+  path = save(tmp_path, Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "x.jpg")
+  assert np.asarray(images.load(path))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_first_frame_of_an_animation(tmp_path):
+  frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+  path = save(tmp_path, frames[0], "x.gif", save_all=True, append_images=frames[1:])
+  assert np.asarray(images.load(path))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_exif_orientation_is_ignored(tmp_path):
+  exif = Image.Exif()
+  exif[274] = 6  # rotate by 90 degrees
+  path = save(tmp_path, Image.new("RGB", (8, 4)), "x.jpg", exif=exif)
+  assert images.load(path).size == (8, 4)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(DataError, match="^train.json, sample 3 .'x'.: image .*none.png is missing; restore the file"):
+    images.load(str(tmp_path / "none.png"), sample_name="train.json, sample 3 ('x')")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_files_that_are_no_images(tmp_path, content):
+  (tmp_path / "x.png").write_bytes(content)
+  with pytest.raises(DataError, match="cannot be decoded .*; fetch the file again"):
+    images.load(str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "webp", "tiff"])
+def test_truncated_files(tmp_path, extension):
+  noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+  path = save(tmp_path, Image.fromarray(noise), f"x.{extension}")
+  content = open(path, "rb").read()
+  for share in (0.05, 0.3, 0.6):
+    with open(path, "wb") as file:
+      file.write(content[: int(len(content) * share)])
+    with pytest.raises(DataError, match="cannot be decoded"):
+      images.load(path)
+
+
+def test_damaged_files_raise_nothing_else(tmp_path):
+  """Bytes are turned at random: whatever Pillow's parsers make of them, only DataError comes out."""
+  random = np.random.default_rng(1)
+  noise = Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8))
+  for extension in ("png", "gif", "tiff", "webp"):
+    content = np.frombuffer(open(save(tmp_path, noise, f"x.{extension}"), "rb").read(), np.uint8)
+    for _ in range(40):
+      damaged = content.copy()
+      damaged[random.integers(0, min(len(content), 120), 4)] = random.integers(0, 256, 4)
+      (tmp_path / f"d.{extension}").write_bytes(damaged.tobytes())
+      try:
+        assert images.load(str(tmp_path / f"d.{extension}")).mode == "RGB"
+      except DataError:
+        pass
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+  path = save(tmp_path, Image.new("RGB", (100, 100)), "x.png")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+  with pytest.raises(DataError, match="DecompressionBombError"):
+    images.load(path)
