@@ -1,0 +1,72 @@
+"""Folders of weights: the ones that recipes name, how to get them, and how their JSON files are read."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.config import DecoderConfig, VisionConfig
+
+
+class WeightsError(ValueError):
+  """Weights that are missing, damaged or meant for another model; the message names the file and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """A published checkpoint: its repository on the Hugging Face hub and the architecture it holds."""
+
+  repo: str
+  config: VisionConfig | DecoderConfig
+
+  def command(self, folder: str | Path) -> str:
+    """The command that downloads it into `folder`."""
+    return f"hf download {self.repo} --local-dir {folder}"
+
+
+PUBLISHED = {
+    "clip-vit-large-patch14-336": Known("openai/clip-vit-large-patch14-336", VisionConfig()),
+    "vicuna-7b-v1.5": Known("lmsys/vicuna-7b-v1.5", DecoderConfig()),
+    "vicuna-13b-v1.5": Known("lmsys/vicuna-13b-v1.5",
+                             DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824)),
+}
+
+
+def lookup(folder: str | Path) -> Known | None:
+  """What a folder's name stands for, so that a model can be described before its weights are there; None if unknown."""
+  return PUBLISHED.get(Path(folder).name)
+
+
+def missing(path: str | Path, sought: str) -> WeightsError:
+  """The error for a file or folder that is not there: what was looked for, and how to get it where that is known."""
+  path = Path(path)
+  folder = path if lookup(path) else path.parent
+  known = lookup(folder)
+  remedy = (f"get it with `{known.command(folder)}`" if known else
+            "check the path, or download the checkpoint with `hf download REPOSITORY --local-dir FOLDER`")
+  return WeightsError(f"{path} does not exist: looked for {sought}; {remedy}")
+
+
+def read_json(path: str | Path, sought: str) -> dict[str, Any]:
+  """The object in a JSON file. Raises WeightsError where there is none, saying that `sought` was looked for."""
+  path = Path(path)
+  if not path.parent.is_dir():
+    raise missing(path.parent, f"a folder with {path.name}, {sought}")
+  if not path.is_file():
+    raise missing(path, sought)
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+  except ValueError as error:
+    raise WeightsError(f"{path} cannot be read as JSON ({error}); download it again") from error
+  if not isinstance(content, dict):
+    raise WeightsError(f"{path} holds a {type(content).__name__} instead of an object; download it again")
+  return content
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object whose names must differ; JSON itself would let the last one win."""
+  content = dict(pairs)
+  if len(content) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+  return content
