@@ -1,0 +1,158 @@
+"""Evaluation: a held-out LLaVA file is asked question by question, and the answers are compared with the file's."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+
+from mllm_jax.data import images
+from mllm_jax.data.processor import Processor, collate
+from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Records, Turn
+from mllm_jax.inference.engine import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One question of a file. images: paths. category: what it is counted under ("" for nothing but the whole)."""
+
+  sample_id: str
+  images: tuple[str, ...]
+  text: str
+  gold: str
+  category: str
+  system: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """A question with the model's answer, and the one it gave without seeing the pictures (None where that was not asked)."""
+
+  question: Question
+  answer: str
+  blank_answer: str | None = None
+
+  @property
+  def correct(self) -> bool:
+    return self.answer.strip() == self.question.gold.strip()
+
+  @property
+  def blank_correct(self) -> bool:
+    return self.blank_answer is not None and self.blank_answer.strip() == self.question.gold.strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """exact_match and blank: fractions of `count` questions; blank is None where it was not asked."""
+
+  exact_match: float
+  blank: float | None
+  count: int
+
+  @classmethod
+  def of(cls, predictions: Sequence[Prediction]) -> "Score":
+    """The score of at least one prediction."""
+    count = len(predictions)
+    blanked = all(prediction.blank_answer is not None for prediction in predictions)
+    return cls(sum(prediction.correct for prediction in predictions) / count,
+               sum(prediction.blank_correct for prediction in predictions) / count if blanked else None, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+  """Predictions in the file's order; `overall` counts all of them, `categories` those of each category, sorted by name."""
+
+  predictions: list[Prediction]
+
+  @property
+  def overall(self) -> Score:
+    return Score.of(self.predictions)
+
+  @property
+  def categories(self) -> dict[str, Score]:
+    groups = collections.defaultdict(list)
+    for prediction in self.predictions:
+      groups[prediction.question.category].append(prediction)
+    return {category: Score.of(groups[category]) for category in sorted(groups) if category}
+
+  def metrics(self) -> dict[str, float]:
+    """What a log row holds: eval/exact_match and eval/exact_match/CATEGORY, and the same under eval/blank if asked."""
+    scores = {"": self.overall, **{f"/{category}": score for category, score in self.categories.items()}}
+    row = {f"eval/exact_match{suffix}": score.exact_match for suffix, score in scores.items()}
+    row |= {f"eval/blank{suffix}": score.blank for suffix, score in scores.items() if score.blank is not None}
+    return row
+
+
+def exact_match(engine: Engine, processor: Processor, records: Records, *, batch_size: int, max_new_tokens: int, blank: bool,
+                progress: Callable[[int, int], None] | None = None) -> EvaluationResult:
+  """Asks every question of every sample on its own, greedily, and compares the answers exactly, apart from outer white space.
+
+  A question later in a conversation is asked as if it were the first, with all of the sample's pictures before it. All rows
+  have the length of the longest prompt and the last batch is filled up with a repeated row, so one compilation serves all.
+
+  Args:
+    engine: answers.
+    processor: makes the prompts.
+    records: samples whose answers are the gold ones; a category is an answer's own or else its sample's.
+    batch_size: rows asked at once.
+    max_new_tokens: longest answer; a gold answer that needs more is counted wrong.
+    blank: ask again with every picture replaced by one of the vision tower's mean colour.
+    progress: called with (questions answered, all questions), the blanked ones included, after each batch.
+
+  Raises:
+    DataError: no question in the file, or a sample that cannot be used; the message names it.
+  """
+  questions = list_questions(records)
+  rounds = [False, True] if blank else [False]
+  total = len(questions) * len(rounds)
+  plain = _plain_picture(processor)
+  length = max(len(_prompt(processor, question, [plain] * len(question.images)).tokens) for question in questions)
+
+  answers = []
+  for blanked in rounds:
+    for start in range(0, len(questions), batch_size):
+      chunk = questions[start:start + batch_size]
+      rows = _rows(processor, chunk, length, plain if blanked else None)
+      batch = collate(rows + rows[-1:] * (batch_size - len(rows)))
+      ids = engine.generate(batch, max_new_tokens)
+      answers += [processor.tokenizer.decode(answer) for answer in ids[:len(chunk)]]
+      if progress is not None:
+        progress(len(answers), total)
+  seen, unseen = answers[:len(questions)], answers[len(questions):] or [None] * len(questions)
+  return EvaluationResult([Prediction(*fields) for fields in zip(questions, seen, unseen, strict=True)])
+
+
+def list_questions(records: Records) -> list[Question]:
+  """Every human turn that has an answer, in the file's order. Raises DataError if there is none."""
+  questions = []
+  for i in range(len(records)):
+    sample = records[i]
+    for human, gpt in zip(sample.turns[::2], sample.turns[1::2]):
+      text = human.text.replace(IMAGE_PLACEHOLDER, "").strip()
+      questions.append(Question(sample.id, sample.images, text, gpt.text, gpt.category or sample.category, sample.system))
+  if not questions:
+    raise DataError(f"{records.source}: holds no question with an answer; set evaluation.path to a file that does")
+  return questions
+
+
+def _rows(processor: Processor, questions: Sequence[Question], length: int, plain: Image.Image | None) -> list:
+  """The questions' rows. A picture with several questions is decoded once in a batch; with `plain` none is."""
+  pictures: dict[str, Image.Image] = {}
+  for path in {path for question in questions for path in question.images}:
+    # Already square and of the tower's size, so preparing it again for each question copies it and no more.
+    pictures[path] = Image.fromarray(images.preprocess(images.load(path), processor.vision)) if plain is None else plain
+  return [_prompt(processor, question, [pictures[path] for path in question.images], length) for question in questions]
+
+
+def _prompt(processor: Processor, question: Question, pictures: Sequence[Image.Image], length: int | None = None):
+  text = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + question.text
+  try:
+    return processor.prompt([Turn("human", text)], pictures, length, question.system)
+  except DataError as error:
+    raise DataError(f"sample {question.sample_id!r}, question {question.text!r}: {error}") from error
+
+
+def _plain_picture(processor: Processor) -> Image.Image:
+  """One colour everywhere: the mean that the tower subtracts, as in the padding around pictures that are not square."""
+  size = processor.vision.image_size
+  return Image.new("RGB", (size, size), tuple(int(255 * mean) for mean in processor.vision.mean))
