@@ -1,0 +1,124 @@
+"""Scenes of handwritten digits, and the pictures of them.
+
+A scene is one to five scans, each with a colour, a size and a place, on a dark ground. The picture is cut into a 3 x 3 raster
+of places and into 8 x 8 patches of 14 pixels (what the small vision tower sees); no place holds two digits, and a digit's
+centre lies well inside one patch.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+IMAGE_SIZE = 112
+PATCH_SIZE = 14
+GRID = IMAGE_SIZE // PATCH_SIZE
+SIZES = range(15, 22)  # pixels along one side of a scan
+JITTER = 4  # pixels between a digit's centre and the centre of its patch, at most, along each axis
+MAX_OBJECTS = 5
+
+COLOURS = {
+    "red": (235, 45, 45), "orange": (255, 150, 30), "yellow": (250, 240, 60), "green": (60, 205, 70),
+    "cyan": (50, 220, 230), "blue": (75, 115, 255), "pink": (255, 130, 205), "white": (245, 245, 245),
+}
+GROUNDS = {"black": (8, 8, 8), "gray": (75, 75, 75), "navy": (14, 18, 85), "brown": (78, 45, 16), "teal": (8, 72, 70)}
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+PATCHES_OF_THIRD = ((1,), (3, 4), (6,))  # patches along one axis in which a digit of that row or column may be centred
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+  """One scan in a scene. `x`, `y`: the centre in pixels; `row`, `column`: its place in the 3 x 3 raster."""
+
+  scan: int
+  digit: int
+  colour: str
+  row: int
+  column: int
+  x: int
+  y: int
+  size: int
+
+  @property
+  def place(self) -> str:
+    return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
+  @property
+  def patch(self) -> int:
+    """Index of the patch in which the centre lies, row by row."""
+    return self.y // PATCH_SIZE * GRID + self.x // PATCH_SIZE
+
+  @property
+  def box(self) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in pixels; right and bottom are outside."""
+    left, top = self.x - self.size // 2, self.y - self.size // 2
+    return left, top, left + self.size, top + self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """Objects in reading order of their places, on a ground."""
+
+  ground: str
+  objects: tuple[Object, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+  """The scans: `scans` uint8 [N, 8, 8] with values 0..16, `labels` [N], `held_out` bool [N]."""
+
+  scans: np.ndarray
+  labels: np.ndarray
+  held_out: np.ndarray
+
+  @functools.cached_property
+  def train_indices(self) -> np.ndarray:
+    return np.flatnonzero(~self.held_out)
+
+  @functools.cached_property
+  def held_out_indices(self) -> np.ndarray:
+    return np.flatnonzero(self.held_out)
+
+
+@functools.cache
+def load_digits() -> Digits:
+  """The scans that ship with the package (see assets/ATTRIBUTION.txt)."""
+  with np.load(pathlib.Path(__file__).parent / "assets" / "digits.npz") as stored:
+    return Digits(stored["scans"], stored["labels"], stored["held_out"])
+
+
+def sample_scene(rng: np.random.Generator, scans: np.ndarray, *, count: int | None = None, jitter: int = JITTER) -> Scene:
+  """A random scene of `count` objects (one to five where None) from the scan indices `scans`."""
+  labels = load_digits().labels
+  count = int(rng.integers(1, MAX_OBJECTS + 1)) if count is None else count
+  objects = []
+  for cell in np.sort(rng.permutation(9)[:count]):
+    row, column = divmod(int(cell), 3)
+    scan = int(scans[rng.integers(len(scans))])
+    x, y = (int(rng.choice(PATCHES_OF_THIRD[third])) * PATCH_SIZE + PATCH_SIZE // 2 + int(rng.integers(-jitter, jitter + 1))
+            for third in (column, row))
+    colour = list(COLOURS)[rng.integers(len(COLOURS))]
+    objects.append(Object(scan, int(labels[scan]), colour, row, column, x, y, int(rng.integers(SIZES.start, SIZES.stop))))
+  return Scene(list(GROUNDS)[rng.integers(len(GROUNDS))], tuple(objects))
+
+
+@functools.cache
+def glyph(scan: int, size: int) -> np.ndarray:
+  """The scan enlarged to size x size, float32 in 0..1: how much of a pixel the ink covers."""
+  scan_image = Image.fromarray((load_digits().scans[scan].astype(np.float32) * (255 / 16)).round().astype(np.uint8))
+  return np.asarray(scan_image.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+
+
+def render(scene: Scene, glyphs=glyph) -> np.ndarray:
+  """The picture, uint8 [112, 112, 3]. `glyphs` gives the ink of (scan, size)."""
+  picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+  picture[:] = GROUNDS[scene.ground]
+  for thing in scene.objects:
+    left, top, right, bottom = thing.box
+    ink = glyphs(thing.scan, thing.size)[..., None]
+    area = picture[top:bottom, left:right]
+    area += ink * (np.asarray(COLOURS[thing.colour], np.float32) - area)
+  return (picture + 0.5).astype(np.uint8)

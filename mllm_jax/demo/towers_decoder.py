@@ -1,0 +1,242 @@
+"""Trains the demo's small Llama on texts alone: it learns to answer questions about scenes that it is *told*.
+
+Where the visual tokens will stand, with as many slots and in the same order, stands a description made of the decoder's own
+word embeddings: an object's patch holds the sum of its colour, digit and place words, every other patch the ground's word,
+and the summary slots in front (one per centre crop) the mean of what lies in the crop. Noise, dropped words, confused digits
+and leaks into neighbouring patches keep the decoder from relying on a perfect description. What a projector then has to
+learn is a map from patch features to such sums.
+
+Looking things up is what a small decoder does not learn by itself: training starts with drills, in which the key stands right
+before the answer, and goes on to the natural questions and captions.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sentencepiece
+from flax import nnx
+
+from mllm_jax.config import DecoderConfig, LoraConfig
+from mllm_jax.demo import scenes, texts
+from mllm_jax.demo.tokenizer import SYSTEM
+from mllm_jax.demo.towers_vision import widen
+from mllm_jax.models.decoder import Decoder
+
+CROPS = (2, 4, 6, 8)  # sides of the centre crops that the spatial tokens summarise, in patches
+SLOTS = len(CROPS) + scenes.GRID**2
+WORDS = (*scenes.COLOURS, *map(str, range(10)), *scenes.ROWS, *scenes.COLUMNS, *scenes.GROUNDS, *texts.NUMBERS)
+INDEX = {word: i for i, word in enumerate(WORDS)}
+LENGTHS = {"drill": 128, "caption": 136, "conversation": 240}  # places in a row
+TURNS = 8
+
+
+def config(vocab_size: int) -> DecoderConfig:
+  return DecoderConfig(vocab_size=vocab_size, width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=344)
+
+
+# --- Descriptions -----------------------------------------------------------------------------------------------------------
+
+
+def _words_of(thing: scenes.Object) -> np.ndarray:
+  weights = np.zeros(len(WORDS), np.float32)
+  weights[[INDEX[thing.colour], INDEX[str(thing.digit)], INDEX[scenes.ROWS[thing.row]], INDEX[scenes.COLUMNS[thing.column]]]] = 1
+  return weights
+
+
+def describe(rng: np.random.Generator, scene: scenes.Scene, noisy: bool) -> np.ndarray:
+  """How much of each word stands in each slot, float32 [SLOTS, words]."""
+  patches = np.zeros((scenes.GRID**2, len(WORDS)), np.float32)
+  patches[:, INDEX[scene.ground]] = 1
+  vectors = [_words_of(thing) for thing in scene.objects]
+  if noisy:
+    vectors = [_disturbed(rng, vector) for vector in vectors]
+    for thing, vector in zip(scene.objects, vectors):
+      if rng.random() < 0.3:
+        step = (1, -1, scenes.GRID, -scenes.GRID)[rng.integers(4)]
+        leak = rng.uniform(0, 0.4)
+        patches[thing.patch + step] = leak * vector + (1 - leak) * patches[thing.patch + step]
+  for thing, vector in zip(scene.objects, vectors):
+    patches[thing.patch] = vector
+  return np.concatenate([_summaries(rng, scene, vectors, noisy), patches])
+
+
+def _disturbed(rng: np.random.Generator, vector: np.ndarray) -> np.ndarray:
+  vector = vector * rng.normal(1, 0.15, len(vector)).astype(np.float32)
+  if rng.random() < 0.1:
+    vector[np.flatnonzero(vector)[rng.integers(4)]] = 0
+  if rng.random() < 0.15:
+    digit = rng.integers(10)
+    share = rng.uniform(0, 0.4)
+    slot = slice(INDEX["0"], INDEX["9"] + 1)
+    vector[slot] *= 1 - share
+    vector[INDEX["0"] + digit] += share
+  return vector
+
+
+def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noisy: bool) -> np.ndarray:
+  """One slot per centre crop: the mean of the objects in it, their number and the ground; now and then only the ground."""
+  slots = np.zeros((len(CROPS), len(WORDS)), np.float32)
+  slots[:, INDEX[scene.ground]] = 1
+  if noisy and rng.random() < 0.4:
+    return slots
+  with_number = not noisy or rng.random() < 0.6
+  for slot, side in zip(slots, CROPS):
+    inside = [vector for thing, vector in zip(scene.objects, vectors)
+              if all((scenes.GRID - side) // 2 <= i < (scenes.GRID + side) // 2 for i in divmod(thing.patch, scenes.GRID))]
+    if inside:
+      slot += np.mean(inside, axis=0)
+    if with_number:
+      slot[INDEX[texts.NUMBERS[len(inside)]]] += 1
+  return slots
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------------
+
+
+class Speaker:
+  """Token ids of the pieces of a conversation, as the Vicuna and plain templates put them together."""
+
+  def __init__(self, model: bytes):
+    self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    self.start = [1, *self.pieces.encode(f"{SYSTEM} USER: ")]
+    self.words = [self.follow(f" {word}")[0] for word in WORDS]
+    self.follow = functools.cache(self.follow)
+
+  def follow(self, text: str) -> list[int]:
+    """Ids of a text that follows other text: without the space that stands before a beginning."""
+    return self.pieces.encode("\n" + text)[2:]
+
+  def conversation(self, questions: list[texts.Question]) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """The ids before the picture, and (ids, trained on?) of what follows it."""
+    parts = [(self.pieces.encode("\n"), False)]
+    for i, question in enumerate(questions):
+      parts.append((self.follow(("USER: " if i else "") + question.text + " ASSISTANT:"), False))
+      parts.append(([*self.follow(" " + question.answer), 2], True))
+    return self.start, parts
+
+  def caption(self, text: str) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    return [1], [(self.pieces.encode(text + "\n"), True)]
+
+  def drill(self, rng: np.random.Generator, scene: scenes.Scene, items: int) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """`items` times a word for what is wanted, a key, and the answer."""
+    parts = [(self.pieces.encode("\n"), False)]
+    for _ in range(items):
+      thing = scene.objects[rng.integers(len(scene.objects))]
+      facts = {"colour": thing.colour, "digit": str(thing.digit), "at": thing.place}
+      wanted, key = rng.permutation(list(facts))[:2]
+      same = [t for t in scene.objects if facts[key] == {"colour": t.colour, "digit": str(t.digit), "at": t.place}[key]]
+      if len(same) == 1:
+        parts += [(self.follow(f" {wanted} {facts[key]}"), False), ([*self.follow(" " + facts[wanted]), 2], True)]
+    return [1], parts
+
+
+def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noisy: bool = True, questions=None) -> dict:
+  """Arrays of one batch: tokens, targets, weights [B, S], first visual place [B], descriptions [B, SLOTS, words]."""
+  length = LENGTHS[kind]
+  tokens = np.zeros((rows, length + 1), np.int32)
+  trained = np.zeros((rows, length + 1), np.float32)
+  first, descriptions = np.zeros(rows, np.int32), []
+  for row in range(rows):
+    scene, asked = questions[row] if questions else (scenes.sample_scene(rng, scenes.load_digits().train_indices), None)
+    if kind == "conversation":
+      before, parts = speaker.conversation(asked or texts.converse(rng, scene, TURNS))
+    elif kind == "caption":
+      before, parts = speaker.caption(texts.caption(rng, scene))
+    else:
+      before, parts = speaker.drill(rng, scene, 10)
+    ids = before + [0] * SLOTS + [i for part, _ in parts for i in part]
+    mask = [0] * (len(before) + SLOTS) + [int(on) for part, on in parts for _ in part]
+    ids, mask = ids[: length + 1], mask[: length + 1]
+    tokens[row, : len(ids)], trained[row, : len(ids)], first[row] = ids, mask, len(before)
+    descriptions.append(describe(rng, scene, noisy))
+  sigma = rng.uniform(0, 0.6, rows).astype(np.float32) if noisy else np.zeros(rows, np.float32)
+  return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=trained[:, 1:], first=first,
+              descriptions=np.stack(descriptions), sigma=sigma)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------------
+
+
+def forward(decoder: Decoder, words: jax.Array, batch: dict, key: jax.Array) -> jax.Array:
+  """Logits [B, S, V]. Noise of `sigma` times the mean length of the described slots is added to them."""
+  table = decoder.embedding[...]
+  slots = batch["descriptions"] @ table[words]
+  size = jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(slots))))
+  slots = slots + size * batch["sigma"][:, None, None] * jax.random.normal(key, slots.shape)
+  x = decoder.embed(batch["tokens"])
+  put = jax.vmap(lambda row, slots, first: jax.lax.dynamic_update_slice(row, slots, (first, 0)))
+  x = put(x, slots, batch["first"])
+  ones = jnp.ones(batch["tokens"].shape, jnp.int32)
+  return decoder.logits(decoder(x, jnp.cumsum(ones, 1) - 1, ones))
+
+
+def loss(decoder: Decoder, words: jax.Array, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean cross-entropy of the trained-on tokens, and the share of them predicted."""
+  logits = forward(decoder, words, batch, key)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+  hits = (logits.argmax(-1) == batch["targets"]).astype(jnp.float32)
+  mean = lambda x: jnp.sum(x * batch["weights"]) / jnp.sum(batch["weights"])
+  return mean(losses), mean(hits)
+
+
+def plan(step: int, steps: int) -> str:
+  """What a step trains on: drills, then mostly conversations."""
+  done = step / steps
+  if done < 0.15:
+    return "drill"
+  return ("conversation", "drill", "conversation", "caption")[step % 4] if done < 0.4 else (
+      "conversation", "conversation", "conversation", "caption")[step % 4]
+
+
+def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, seed: int = 0, log=print) -> Decoder:
+  """The decoder, in float32."""
+  rng, speaker = np.random.default_rng(seed), Speaker(model)
+  decoder = widen(Decoder(config(speaker.pieces.vocab_size()), LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(seed)))
+  decoder.embedding.set_value(decoder.embedding[...] * 4)
+  words = jnp.array(speaker.words)
+  schedule = optax.warmup_cosine_decay_schedule(0, peak, 100, steps, peak / 50)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
+  graph, params = nnx.split(decoder)
+  state = optimizer.init(params)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def update(params, state, batch, step):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    (value, hits), grads = jax.value_and_grad(lambda p: loss(nnx.merge(graph, p), words, batch, key), has_aux=True)(params)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value, hits
+
+  start = time.time()
+  for step in range(steps):
+    kind = plan(step, steps)
+    params, state, value, hits = update(params, state, make_batch(rng, speaker, kind, batch_size), step)
+    if step % 50 < 4 or step == steps - 1:
+      log(f"decoder step {step:5d} {kind:12s} loss {float(value):.3f} right {float(hits):.3f} {time.time() - start:.0f} s")
+    if step % 500 == 499:
+      log(evaluate(nnx.merge(graph, params), speaker))
+  return nnx.merge(graph, params)
+
+
+def evaluate(decoder: Decoder, speaker: Speaker, rows: int = 96, seed: int = 1, noisy: bool = False) -> dict[str, float]:
+  """Share of questions of each kind answered exactly (every token of the answer and its end) from undisturbed descriptions."""
+  rng = np.random.default_rng(seed)
+  run = jax.jit(lambda decoder, batch: forward(decoder, jnp.array(speaker.words), batch, jax.random.key(0)).argmax(-1))
+  hits = {kind: [] for kind in texts.KINDS}
+  for _ in range(rows // 24):
+    asked = []
+    while len(asked) < 24:
+      scene = scenes.sample_scene(rng, scenes.load_digits().train_indices)
+      asked.append((scene, texts.converse(rng, scene, TURNS)))
+    batch = make_batch(rng, speaker, "conversation", 24, noisy=noisy, questions=asked)
+    right = (np.asarray(run(decoder, batch)) == batch["targets"]) | (batch["weights"] == 0)
+    for row, (_, questions) in enumerate(asked):
+      ends = np.flatnonzero((batch["targets"][row] == 2) & (batch["weights"][row] == 1))
+      starts = [0, *(ends[:-1] + 1)]
+      for question, start, end in zip(questions, starts, ends):
+        hits[question.kind].append(bool(right[row, start:end + 1].all()))
+  return {kind: round(float(np.mean(values)), 3) for kind, values in hits.items()}

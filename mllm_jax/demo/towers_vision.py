@@ -1,0 +1,205 @@
+"""Trains the demo's small CLIP vision tower: contrast between patches and phrases.
+
+Every patch is pulled towards the phrase that describes what is centred in it ("red 7 at the top left", or "navy ground"
+where no digit is) and away from all other phrases; a phrase's vector is the sum of its words' vectors. The loss stands on
+hidden_states[-2], because that is what LLaVA-type models read; the last layer is trained with the same loss afterwards on
+the finished lower ones, so that the checkpoint is whole.
+
+Digits do not localise by themselves: training starts with digits in the middle of patches, all nine places filled, and lets
+the jitter grow and the scenes thin out to those of the demo.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from PIL import Image
+
+from mllm_jax.config import VisionConfig
+from mllm_jax.demo import scenes
+from mllm_jax.models.layers import LayerNorm
+from mllm_jax.models.vision import VisionLayer, VisionTower
+
+CONFIG = VisionConfig(image_size=scenes.IMAGE_SIZE, patch_size=scenes.PATCH_SIZE, width=128, layers=5, heads=4, mlp_width=512)
+WORDS = (*scenes.COLOURS, *map(str, range(10)), *scenes.ROWS, *scenes.COLUMNS, *scenes.GROUNDS)
+
+
+def word_slices() -> tuple[slice, ...]:
+  """Where in WORDS the colours, digits, rows, columns and grounds stand."""
+  ends = np.cumsum([len(scenes.COLOURS), 10, len(scenes.ROWS), len(scenes.COLUMNS), len(scenes.GROUNDS)])
+  return tuple(slice(int(start), int(end)) for start, end in zip((0, *ends), ends))
+
+
+def words_of(scene: scenes.Scene) -> np.ndarray:
+  """The words of the right phrase for every patch, float32 [64, words] of zeros and ones."""
+  words = np.zeros((scenes.GRID**2, len(WORDS)), np.float32)
+  words[:, WORDS.index(scene.ground)] = 1
+  for thing in scene.objects:
+    words[thing.patch] = 0
+    for word in (thing.colour, str(thing.digit), scenes.ROWS[thing.row], scenes.COLUMNS[thing.column]):
+      words[thing.patch, WORDS.index(word)] = 1
+  return words
+
+
+def distorted_glyph(rng: np.random.Generator, scan: int, size: int) -> np.ndarray:
+  """Like `scenes.glyph`, slightly rotated, sheared and stretched, so that the scans are not learnt by heart."""
+  angle, shear = rng.normal(0, 0.12), rng.normal(0, 0.1)
+  width, height = rng.uniform(0.92, 1.12, 2) * 8 / size
+  matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.array([[1, shear], [0, 1]])
+  matrix = matrix * (width, height)
+  offset = 4 + rng.normal(0, 0.2, 2) - matrix @ (size / 2, size / 2)
+  levels = _levels(scan)
+  coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
+  return np.asarray(levels.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC), np.float32) / 255
+
+
+@functools.cache
+def _levels(scan: int) -> Image.Image:
+  return Image.fromarray((scenes.load_digits().scans[scan].astype(np.float32) * (255 / 16)).round().astype(np.uint8))
+
+
+def make_batch(rng: np.random.Generator, size: int, jitter: int, full_share: float) -> tuple[np.ndarray, np.ndarray]:
+  """Pictures uint8 [B, 112, 112, 3] and the words of each patch [B, 64, words]; `full_share` of them have all nine places filled."""
+  batch = [scenes.sample_scene(rng, scenes.load_digits().train_indices, jitter=jitter,
+                               count=9 if rng.random() < full_share else None) for _ in range(size)]
+  glyphs = functools.partial(distorted_glyph, rng)
+  return np.stack([scenes.render(scene, glyphs) for scene in batch]), np.stack([words_of(scene) for scene in batch])
+
+
+class PhraseHead(nnx.Module):
+  """Scores of patches against words: a linear map of the features times the word vectors."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.words = nnx.Param(jax.random.normal(rngs.params(), (len(WORDS), width)) * width**-0.5)
+    self.bias = nnx.Param(jnp.zeros((len(WORDS),)))
+
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """features [B, P, C] -> [B, P, words]; a phrase's score is the sum of its words' scores."""
+    return features @ self.words[...].T + self.bias[...]
+
+
+def contrast(scores: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy of the right phrase among all phrases, and the share of object patches whose phrase scores highest.
+
+  The phrases are all of colour x digit x row x column, and the grounds. Since scores add up, the sum over the product of
+  four sets is the product of four sums: nothing of the size of all phrases is computed. Object and ground patches weigh
+  alike, however many there are of each.
+  """
+  *factors, grounds = word_slices()
+  log_sum = jax.nn.logsumexp
+  total = jnp.logaddexp(sum(log_sum(scores[..., f], -1) for f in factors), log_sum(scores[..., grounds], -1))
+  log_prob = jnp.sum(scores * words, -1) - total
+  is_object = 1 - words[..., grounds].sum(-1)
+  mean = lambda x, weights: jnp.sum(x * weights) / jnp.sum(weights)
+  best = sum(scores[..., f].max(-1) for f in factors)
+  hits = (jnp.sum(scores * words, -1) >= best) & (best > scores[..., grounds].max(-1))
+  return -mean(log_prob, is_object) - mean(log_prob, 1 - is_object), mean(hits.astype(jnp.float32), is_object)
+
+
+class LastLayer(nnx.Module):
+  """What CLIP has above hidden_states[-2]: one more layer and the norm after it."""
+
+  def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    self.layer = VisionLayer(config, rngs=rngs)
+    self.norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+
+  def __call__(self, features: jax.Array) -> jax.Array:
+    return self.norm(self.layer(features))
+
+
+def widen(module: nnx.Module) -> nnx.Module:
+  """Kernels of N(0, 1 / fan in) instead of the N(0, 0.02^2) meant for wide models, with which a narrow one starts too slowly."""
+  for path, leaf in nnx.iter_graph(module):
+    if path and path[-1] == "kernel":
+      leaf.set_value(leaf[...] * (50 * leaf.shape[-2] ** -0.5))
+  return module
+
+
+def fit(loss, trainable, frozen, schedule, steps, make, log, name):
+  """Minimises loss(trainable, frozen, pictures, words) -> (loss, accuracy) with AdamW; returns what was trained."""
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.02))
+  graph, params = nnx.split(trainable)
+  opt_state = optimizer.init(params)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def update(params, opt_state, frozen, pictures, words):
+    (value, accuracy), grads = jax.value_and_grad(
+        lambda p: loss(nnx.merge(graph, p), frozen, pictures, words), has_aux=True)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, value, accuracy
+
+  start = time.time()
+  for step in range(steps):
+    params, opt_state, value, accuracy = update(params, opt_state, frozen, *make(step))
+    if step % 50 == 0 or step == steps - 1:
+      log(f"{name} step {step:5d} loss {float(value):.3f} objects named {float(accuracy):.3f} {time.time() - start:.0f} s")
+  return nnx.merge(graph, params)
+
+
+def train(steps: int, batch_size: int = 64, seed: int = 0, log=print) -> tuple[VisionTower, LastLayer]:
+  """The tower up to hidden_states[-2], and the last layer."""
+  rng, rngs = np.random.default_rng(seed), nnx.Rngs(seed)
+  lower = widen(VisionTower(CONFIG, dtype="float32", rngs=rngs))
+  model = nnx.List([lower, PhraseHead(CONFIG.width, rngs)])
+
+  def lower_loss(model, frozen, pictures, words):
+    del frozen
+    return contrast(model[1](model[0](model[0].normalise(pictures))), words)
+
+  def make(step):
+    done = step / steps
+    return make_batch(rng, batch_size, jitter=min(scenes.JITTER, int(done * 12)), full_share=max(0.0, 1 - 1.4 * done))
+
+  schedule = optax.warmup_cosine_decay_schedule(0, 2e-3, 100, steps, 2e-5)
+  model = fit(lower_loss, model, None, schedule, steps, make, log, "vision")
+  lower = model[0]
+
+  upper = nnx.List([widen(LastLayer(CONFIG, rngs)), PhraseHead(CONFIG.width, rngs)])
+
+  def upper_loss(model, frozen, pictures, words):
+    return contrast(model[1](model[0](frozen(frozen.normalise(pictures)))), words)
+
+  steps = steps // 10
+  schedule = optax.cosine_decay_schedule(1e-3, steps)
+  upper = fit(upper_loss, upper, lower, schedule, steps, lambda _: make_batch(rng, batch_size, scenes.JITTER, 0.0), log, "last layer")
+  return lower, upper[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """Accuracy of linear probes on held-out pictures: digit, colour and place at the objects' patches; object or ground."""
+
+  digit: float
+  colour: float
+  place: float
+  object: float
+
+
+def probe(tower: VisionTower, pictures: int = 600, seed: int = 1) -> Probe:
+  """Fits linear classifiers on features of training pictures (ridge regression to one-hot), scores them on held-out ones."""
+  rng, digits = np.random.default_rng(seed), scenes.load_digits()
+  run = jax.jit(lambda tower, x: tower(tower.normalise(x)))
+
+  def examples(scans):
+    batch = [scenes.sample_scene(rng, scans) for _ in range(pictures)]
+    features = np.concatenate([np.asarray(run(tower, np.stack([scenes.render(s) for s in batch[i:i + 50]])))
+                               for i in range(0, pictures, 50)])
+    features = np.concatenate([features, np.ones_like(features[..., :1])], -1)
+    where = [(i, thing) for i, scene in enumerate(batch) for thing in scene.objects]
+    at = features[[i for i, _ in where], [thing.patch for _, thing in where]]
+    things = [thing for _, thing in where]
+    labels = (np.array([t.digit for t in things]), np.array([list(scenes.COLOURS).index(t.colour) for t in things]),
+              np.array([t.row * 3 + t.column for t in things]))
+    is_object = np.stack([words_of(s)[:, word_slices()[-1]].sum(-1) == 0 for s in batch]).astype(int)
+    return [(at, label) for label in labels] + [(features.reshape(-1, features.shape[-1]), is_object.ravel())]
+
+  scores = []
+  for (x, y), (held_x, held_y) in zip(examples(digits.train_indices), examples(digits.held_out_indices)):
+    weights = np.linalg.solve(x.T @ x + 1e-2 * np.eye(x.shape[1]), x.T @ np.eye(y.max() + 1)[y])
+    scores.append(float(((held_x @ weights).argmax(1) == held_y).mean()))
+  return Probe(*scores)
