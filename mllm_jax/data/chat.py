@@ -1,22 +1,26 @@
 """Chat: from turns to token ids, and which of them are trained on.
 
-A template turns a conversation into pieces of text that already know whether they are trained on. The text between two image
-placeholders is tokenized in one go, so that the ids are those of the released code, and the offsets of the tokens say which
-piece each belongs to. The released code instead searches the finished prompt for its separators and counts tokens again; it
-loses a whole sample when an answer contains a separator, or when two ways of tokenizing differ in length.
+A template turns a conversation into pieces of text that already know whether they are trained on. The text between
+two image placeholders is tokenized in one go, so that the ids are those of the released code, and the offsets of the
+tokens say which piece each belongs to. The released code instead searches the finished prompt for its separators and
+counts tokens again; it loses a whole sample when an answer contains a separator, or when two ways of tokenizing
+differ in length.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from tokenizers import AddedToken, Tokenizer
 
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Turn, placeholder_problem
 
 IMAGE_TOKEN_INDEX = -200  # stands in the ids where an image's visual tokens will be; LLaVA's number
-VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+VICUNA_SYSTEM = (
+  "A chat between a curious user and an artificial intelligence assistant. "
+  "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PRIVATE_USE = range(0xE000, 0xF900)  # Unicode's characters without a meaning
 
@@ -34,18 +38,19 @@ END = Piece("end", trained_on=True)
 
 
 class Encoded(NamedTuple):
-  """ids: int32 [N], IMAGE_TOKEN_INDEX where an image goes. trained_on: bool [N], whether the loss asks for this token."""
+  """ids: int32 [N], IMAGE_TOKEN_INDEX for an image. trained_on: bool [N], whether the loss asks for this token."""
 
   ids: np.ndarray
   trained_on: np.ndarray
 
 
 class ChatTokenizer:
-  """A Hugging Face tokenizer that can tell a template's end-of-sequence token from the same characters typed by somebody.
+  """A Hugging Face tokenizer that tells a template's end-of-sequence token from the same characters in a text.
 
   Special tokens inside a text stay text. The template's own "</s>" cannot be cut out and tokenized apart, because what
-  follows it is tokenized differently there than at the start of a text (that is what the "legacy" flag of Llama's tokenizers
-  decides). So a private-use character, made known to the tokenizer as a token, takes its place during tokenization.
+  follows it is tokenized differently there than at the start of a text (that is what the "legacy" flag of Llama's
+  tokenizers decides). So a private-use character, made known to the tokenizer as a token, takes its place during
+  tokenization.
 
   bos_id: the token that the tokenizer puts in front of a text, or None if it puts none.
   eos_id: the end-of-sequence token. pad_id: the padding token, or None. vocab_size: ids, added ones included.
@@ -66,8 +71,8 @@ class ChatTokenizer:
   def encode_chunk(self, pieces: Sequence[Piece]) -> Encoded:
     """Tokenizes "text" and "end" pieces as one text, without a beginning-of-sequence token.
 
-    A token is trained on if it holds any character of a piece that is: the space before an answer merges into the answer's
-    first token, or stands alone before it, and belongs to it either way.
+    A token is trained on if it holds any character of a piece that is: the space before an answer merges into the
+    answer's first token, or stands alone before it, and belongs to it either way.
     """
     marker, tokenizer = self._marker, self._with_marker
     pieces = [piece for piece in pieces if piece.text or piece.kind == "end"]
@@ -75,7 +80,7 @@ class ChatTokenizer:
       marker = next(chr(code) for code in PRIVATE_USE if not any(chr(code) in piece.text for piece in pieces))
       tokenizer = _backend(self._json, marker)
     if self._swallows_space and pieces and pieces[0].text.startswith((" ", "\u2581")):
-      # SentencePiece puts a space before every text; the tokenizers library takes the text's own first space for it instead.
+      # SentencePiece puts a space before every text; the tokenizers library makes do with the text's own first space.
       pieces = [Piece("text", " ", pieces[0].trained_on), *pieces]
     texts = [marker if piece.kind == "end" else piece.text for piece in pieces]
     encoding = tokenizer.encode("".join(texts), add_special_tokens=False)
@@ -85,7 +90,8 @@ class ChatTokenizer:
     trained_characters = np.repeat([piece.trained_on for piece in pieces], [len(text) for text in texts])
     count = np.concatenate([[0], np.cumsum(trained_characters, dtype=np.int64)])
     start, stop = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    stop = np.minimum(np.maximum(stop, start + 1), len(trained_characters))  # a token of no characters belongs to the next one
+    # A token of no characters, which some tokenizers make of a lone space, belongs to the character that follows.
+    stop = np.minimum(np.maximum(stop, start + 1), len(trained_characters))
     return Encoded(ids, count[stop] > count[start])
 
   def _ids(self, text: str) -> list[int]:
@@ -96,10 +102,8 @@ class ChatTokenizer:
     return self._plain.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def _backend(backend_json: str, marker: str = "") -> Any:
-  """A tokenizers.Tokenizer to which special tokens in a text are text, and `marker`, where given, is one token."""
-  from tokenizers import AddedToken, Tokenizer
-
+def _backend(backend_json: str, marker: str = "") -> Tokenizer:
+  """A tokenizer to which special tokens in a text are text, and `marker`, where given, is one token."""
   tokenizer = Tokenizer.from_str(backend_json)
   tokenizer.no_truncation()
   tokenizer.no_padding()
@@ -116,17 +120,23 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
     DataError: the folder is missing, holds no tokenizer, or holds one that cannot be used here.
   """
   if not os.path.isdir(folder):
-    raise DataError(f"{folder}: no such folder; name a local Hugging Face folder with one of {', '.join(TOKENIZER_FILES)} in it")
+    raise DataError(
+      f"{folder}: no such folder; name a local Hugging Face folder with one of {', '.join(TOKENIZER_FILES)} in it"
+    )
   if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
-    raise DataError(f"{folder}: holds no tokenizer; looked for {', '.join(TOKENIZER_FILES)}; copy the language model's there")
+    raise DataError(
+      f"{folder}: holds no tokenizer; looked for {', '.join(TOKENIZER_FILES)}; copy the language model's there"
+    )
   from transformers import AutoTokenizer  # takes a second, and most of this package does without it
 
   try:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     backend = tokenizer.backend_tokenizer
   except Exception as error:  # the library raises whatever the file formats below it raise
-    raise DataError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
-                    "copy the language model's tokenizer files again") from error
+    raise DataError(
+      f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
+      "copy the language model's tokenizer files again"
+    ) from error
   if tokenizer.eos_token_id is None:
     raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
   first = tokenizer("a").input_ids[0]
@@ -135,7 +145,7 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
 
 
 def vicuna_v1(turns: Sequence[Turn], system: str | None) -> list[Piece]:
-  """Vicuna v1.1: "SYSTEM USER: q ASSISTANT: a</s>USER: ..."; an answer, its "</s>" and the space before it are trained on.
+  """Vicuna v1.1: "SYSTEM USER: q ASSISTANT: a</s>USER: ..."; trained on are " a</s>".
 
   A turn without text ends at its colon, as in the released code: this is where a prompt waits for its answer.
   """
@@ -167,13 +177,13 @@ TEMPLATES: dict[str, Callable[[Sequence[Turn], str | None], list[Piece]]] = {"vi
 
 
 def encode(
-    turns: Sequence[Turn], template: str, tokenizer: ChatTokenizer, n_images: int, system: str | None = None
+  turns: Sequence[Turn], template: str, tokenizer: ChatTokenizer, n_images: int, system: str | None = None
 ) -> Encoded:
   """Token ids of a conversation, and which of them are trained on.
 
   Args:
-    turns: human and gpt turns in alternation, human first. `<image>` in a human turn is a placeholder, moved to the turn's
-      front; in an answer it is text.
+    turns: human and gpt turns in alternation, human first. `<image>` in a human turn is a placeholder, moved to the
+      turn's front; in an answer it is text.
     template: a name in TEMPLATES.
     tokenizer: from `load_tokenizer`.
     n_images: images of the conversation, which must be as many as its placeholders.
@@ -187,7 +197,9 @@ def encode(
   for i, turn in enumerate(turns):
     expected = ("human", "gpt")[i % 2]
     if turn.role != expected:
-      raise DataError(f"turn {i} is of {turn.role!r} where one of {expected!r} is due; turns alternate and begin with 'human'")
+      raise DataError(
+        f"turn {i} is of {turn.role!r} where one of {expected!r} is due; turns alternate and begin with 'human'"
+      )
   problem = placeholder_problem(turns, n_images)
   if problem:
     raise DataError(problem)
@@ -195,9 +207,9 @@ def encode(
 
 
 def encode_prompt(
-    turns: Sequence[Turn], template: str, tokenizer: ChatTokenizer, n_images: int, system: str | None = None
+  turns: Sequence[Turn], template: str, tokenizer: ChatTokenizer, n_images: int, system: str | None = None
 ) -> np.ndarray:
-  """int32 [N]: ids of a conversation up to where the answer to its last turn begins. Arguments and errors as in `encode`.
+  """int32 [N]: ids of a conversation up to where its next answer begins. Arguments and errors as in `encode`.
 
   Raises:
     DataError: also if the last turn is not a human one.
@@ -218,7 +230,7 @@ def _question(text: str) -> list[Piece]:
 
 
 def _encode_pieces(pieces: Sequence[Piece], tokenizer: ChatTokenizer) -> Encoded:
-  """Each stretch between images is tokenized by itself, as a text of its own; one beginning-of-sequence token leads all."""
+  """Each stretch between images is tokenized as a text of its own; one beginning-of-sequence token leads all."""
   parts = [] if tokenizer.bos_id is None else [_untrained(tokenizer.bos_id)]
   chunk = []
   for piece in [*pieces, None]:

@@ -1,8 +1,8 @@
 """Images: from a file to the uint8 square that the vision tower's preprocessing is defined on.
 
-Decoding and resizing are Pillow's, because the released preprocessing is defined by Pillow's bicubic filter on uint8. Every
-array is height x width x channel, whatever its size: the released processor reads a 3x3 picture as channels first and refuses
-a 1x1 one.
+Decoding and resizing are Pillow's, because the released preprocessing is defined by Pillow's bicubic filter on uint8.
+Every array is height x width x channel, whatever its size: the released processor reads a 3x3 picture as channels
+first and refuses a 1x1 one.
 """
 
 import struct
@@ -15,20 +15,31 @@ from PIL import Image
 from mllm_jax.config import VisionConfig
 from mllm_jax.data.records import DataError
 
-# What Pillow raises on damaged files, beside OSError: its plugins let the parsers' own exceptions through.
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error, zlib.error,
-           Image.DecompressionBombError)
+# What Pillow raises on damaged files: its plugins let the exceptions of the parsers below them through.
+DAMAGED = (
+  OSError,
+  ValueError,
+  SyntaxError,
+  EOFError,
+  KeyError,
+  IndexError,
+  TypeError,
+  OverflowError,
+  struct.error,
+  zlib.error,
+  Image.DecompressionBombError,
+)
 
 
 def load(path: str, *, sample_name: str = "") -> Image.Image:
   """Decodes a file to 8-bit RGB.
 
-  As in the released path: the first frame of an animation, alpha dropped and not composited, EXIF orientation ignored (boxes
-  in the conversations refer to the stored pixels). Unlike it, 16-bit greyscale is rescaled to 8 bits; Pillow's own conversion
-  clips it at 255, which turns most such pictures white.
+  As in the released path: the first frame of an animation, alpha dropped and not composited, EXIF orientation ignored
+  (boxes in the conversations refer to the stored pixels). Unlike it, 16-bit greyscale is rescaled to 8 bits; Pillow's
+  own conversion clips it at 255, which turns most such pictures white.
 
   Raises:
-    DataError: the file is missing, not an image, truncated, damaged, or larger than Pillow's limit for decompression bombs.
+    DataError: the file is missing, not an image, truncated, damaged, or beyond Pillow's limit for decompression bombs.
   """
   prefix = f"{sample_name}: " if sample_name else ""
   try:
@@ -37,16 +48,20 @@ def load(path: str, *, sample_name: str = "") -> Image.Image:
       image.load()  # Pillow reads lazily: a truncated file shows itself only here
       return to_rgb(image)
   except FileNotFoundError:
-    raise DataError(f"{prefix}image {path} is missing; restore the file, set data.image_folder, or take the sample out") from None
+    raise DataError(
+      f"{prefix}image {path} is missing; restore the file, set data.image_folder, or take the sample out"
+    ) from None
   except DataError as error:
     raise DataError(f"{prefix}image {path}: {error}") from error
   except DAMAGED as error:
-    raise DataError(f"{prefix}image {path} cannot be decoded ({type(error).__name__}: {error}); "
-                    "fetch the file again or take the sample out") from error
+    raise DataError(
+      f"{prefix}image {path} cannot be decoded ({type(error).__name__}: {error}); "
+      "fetch the file again or take the sample out"
+    ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-  """8-bit RGB by `load`'s rules. Raises DataError for modes whose range nobody has said (32-bit integers and floats)."""
+  """8-bit RGB by `load`'s rules. Raises DataError for modes without a known range (32-bit integers and floats)."""
   # Older releases of Pillow open 16-bit greyscale PNGs in mode I.
   if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
     values = np.asarray(image).astype(np.uint32)
@@ -60,7 +75,7 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image
   """Centres an RGB image on a square as long as its longer side; an odd pixel goes below or to the right.
 
   Raises:
-    DataError: the square is larger than Pillow's limit for decompression bombs (a strip may be small and its square not).
+    DataError: the square is beyond Pillow's limit for decompression bombs (a strip may be small, its square not).
   """
   width, height = image.size
   side = max(width, height)

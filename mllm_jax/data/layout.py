@@ -29,9 +29,8 @@ PADDING = RowArrays(tokens=0, targets=0, loss_weights=0, segment_ids=0, position
 def expand(encoded: Encoded, tokens_per_image: Sequence[int], max_length: int | None = None) -> RowArrays:
   """Puts each image's visual tokens in the place of its placeholder, then cuts the row to `max_length` places.
 
-  The order matters: cutting the text first, as the released collator also does, can lose an answer that would have fitted or
-  keep one that does not. Image i's tokens are rows sum(tokens_per_image[:i]) and following of the row's visual-token table.
-  Place s is weighted 1 if place s + 1 is still in the row and is trained on.
+  Image i's tokens are rows sum(tokens_per_image[:i]) and following of the row's visual-token table. Place s is weighted
+  1 if place s + 1 is still in the row and is trained on.
 
   Args:
     encoded: ids with a placeholder for each image, and which of them are trained on.
@@ -59,7 +58,9 @@ def expand(encoded: Encoded, tokens_per_image: Sequence[int], max_length: int | 
   targets, loss_weights = np.zeros(length, np.int32), np.zeros(length, np.float32)
   targets[:-1] = np.where(trained_on[1:], tokens[1:], 0)
   loss_weights[:-1] = trained_on[1:]
-  return RowArrays(tokens, targets, loss_weights, np.ones(length, np.int32), np.arange(length, dtype=np.int32), visual_index)
+  return RowArrays(
+    tokens, targets, loss_weights, np.ones(length, np.int32), np.arange(length, dtype=np.int32), visual_index
+  )
 
 
 def pad(row: RowArrays, length: int) -> RowArrays:
@@ -67,4 +68,6 @@ def pad(row: RowArrays, length: int) -> RowArrays:
   missing = length - len(row.tokens)
   if missing < 0:
     raise ValueError(f"a row of {len(row.tokens)} places cannot be padded to {length}")
-  return RowArrays(*(np.pad(values, (0, missing), constant_values=fill) for values, fill in zip(row, PADDING, strict=True)))
+  return RowArrays(
+    *(np.pad(values, (0, missing), constant_values=fill) for values, fill in zip(row, PADDING, strict=True))
+  )

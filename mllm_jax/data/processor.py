@@ -1,4 +1,4 @@
-"""Processor: a conversation and its images become one row. Training and inference share it, so that they cannot differ."""
+"""Processor: a conversation and its images become one row. Training and inference share it and so cannot differ."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -37,8 +37,15 @@ class Processor:
     max_images: images a row has room for (K).
   """
 
-  def __init__(self, tokenizer: chat.ChatTokenizer, vision: VisionConfig, tokens_per_image: int, template: str,
-               max_length: int, max_images: int):
+  def __init__(
+    self,
+    tokenizer: chat.ChatTokenizer,
+    vision: VisionConfig,
+    tokens_per_image: int,
+    template: str,
+    max_length: int,
+    max_images: int,
+  ):
     if template not in chat.TEMPLATES:
       raise DataError(f"unknown template {template!r}; data.template must be one of {', '.join(chat.TEMPLATES)}")
     self.tokenizer = tokenizer
@@ -52,8 +59,8 @@ class Processor:
     """A training row of max_length places; a sample without images has black pixels and grids of 0.
 
     Raises:
-      DataError: the sample has a problem that `records.check` reports, an image cannot be decoded, or no trained-on token
-        is left in max_length places. The message names the sample.
+      DataError: the sample has a problem that `records.check` reports, an image cannot be decoded, or no trained-on
+        token is left in max_length places. The message names the sample.
     """
     try:
       encoded = chat.encode(sample.turns, self.template, self.tokenizer, len(sample.images), sample.system)
@@ -66,8 +73,13 @@ class Processor:
       raise DataError(f"{sample.name}: {error}") from error
     return Row(*layout.pad(places, self.max_length), pixels, grids)
 
-  def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], max_length: int | None = None,
-             system: str | None = None) -> Row:
+  def prompt(
+    self,
+    turns: Sequence[Turn],
+    pictures: Sequence[Image.Image],
+    max_length: int | None = None,
+    system: str | None = None,
+  ) -> Row:
     """A row whose last human turn waits for its answer; nothing in it is trained on.
 
     Args:
@@ -86,7 +98,9 @@ class Processor:
     places = layout.expand(encoded, [self.tokens_per_image] * len(pictures))
     length = len(places.tokens) if max_length is None else max_length
     if len(places.tokens) > length:
-      raise DataError(f"the prompt takes {len(places.tokens)} places and there are {length}; shorten it or raise max_length")
+      raise DataError(
+        f"the prompt takes {len(places.tokens)} places and there are {length}; shorten it or raise max_length"
+      )
     pixels, grids = self._pixels([images.to_rgb(picture) for picture in pictures])
     return Row(*layout.pad(places, length), pixels, grids)
 
@@ -108,8 +122,10 @@ class Processor:
     if not encoded.trained_on.any():
       return "no answer that is not empty, so nothing to train on; add one or take the sample out"
     text, visual = len(encoded.ids) - n_images, n_images * self.tokens_per_image
-    return (f"no trained-on token is left in {self.max_length} places ({text} text and {visual} visual tokens); "
-            "raise data.max_length or take the sample out")
+    return (
+      f"no trained-on token is left in {self.max_length} places ({text} text and {visual} visual tokens); "
+      "raise data.max_length or take the sample out"
+    )
 
 
 def collate(rows: Iterable[Row]) -> Batch:

@@ -1,4 +1,4 @@
-"""Records: LLaVA's JSON and JSON Lines files, read into Samples, and the check that finds bad samples before a run does.
+"""Records: LLaVA's JSON and JSON Lines files, read into Samples, and a check that finds bad ones before a run does.
 
 A sample of such a file:
 
@@ -57,7 +57,7 @@ class Sample:
 
 
 class Records(Sequence):
-  """The samples of one file, in its order. The file's dicts are kept as they are; a Sample is built when it is asked for."""
+  """The samples of one file, in its order. Its dicts are kept as they are; a Sample is built when asked for."""
 
   def __init__(self, raw: list[Any], source: str, image_folder: str):
     self._raw = raw
@@ -66,7 +66,7 @@ class Records(Sequence):
 
   @classmethod
   def load(cls, path: str, image_folder: str) -> "Records":
-    """Reads a JSON list, or JSON Lines where the name ends in .jsonl. Relative image paths are joined to `image_folder`.
+    """Reads a JSON list, or JSON Lines where the name ends in .jsonl; joins relative image paths to `image_folder`.
 
     Raises:
       DataError: the file is missing, unreadable, neither of the two formats, or holds no sample.
@@ -77,14 +77,20 @@ class Records(Sequence):
     except FileNotFoundError:
       raise DataError(f"{path}: no such file; set data.path to a LLaVA JSON or JSON Lines file") from None
     except OSError as error:
-      raise DataError(f"{path}: cannot be read ({error.strerror}); set data.path to a LLaVA JSON or JSON Lines file") from error
+      raise DataError(
+        f"{path}: cannot be read ({error.strerror}); set data.path to a LLaVA JSON or JSON Lines file"
+      ) from error
     except json.JSONDecodeError as error:
       hint = "; JSON Lines files must be named .jsonl" if error.msg == "Extra data" else ""
-      raise DataError(f"{path}: not JSON (line {error.lineno}: {error.msg}){hint or '; write it again as a JSON list'}") from error
+      raise DataError(
+        f"{path}: not JSON (line {error.lineno}: {error.msg}){hint or '; write it again as a JSON list'}"
+      ) from error
     except UnicodeDecodeError as error:
       raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if not isinstance(raw, list):
-      raise DataError(f"{path}: holds a JSON {type(raw).__name__} where a list of samples is needed; put the samples in [...]")
+      raise DataError(
+        f"{path}: holds a JSON {type(raw).__name__} where a list of samples is needed; put the samples in [...]"
+      )
     if not raw:
       raise DataError(f"{path}: holds no samples; set data.path to a file with at least one")
     return cls(raw, path, image_folder)
@@ -98,7 +104,9 @@ class Records(Sequence):
     index = i + len(self) if i < 0 else i
     name = _name(self.source, index, raw.get("id", index) if isinstance(raw, dict) else None)
     if not isinstance(raw, dict):
-      raise DataError(f"{name}: is a {type(raw).__name__} where an object is needed; write {{'id': ..., 'conversations': [...]}}")
+      raise DataError(
+        f"{name}: is a {type(raw).__name__} where an object is needed; write {{'id': ..., 'conversations': [...]}}"
+      )
     identity = raw.get("id", index)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
       raise DataError(f"{name}: id is a {type(identity).__name__}; write a text or an integer")
@@ -110,8 +118,8 @@ class Records(Sequence):
 def check(records: Records, *, max_images: int) -> list[str]:
   """Looks for everything that would stop a run, without decoding images. Returns one line per problem, in file order.
 
-  Found are: samples whose structure is wrong, missing image files, a number of `<image>` placeholders in the human turns
-  other than the number of images, more than `max_images` images, no human turn, and no answer to train on.
+  Found are: samples whose structure is wrong, missing image files, a number of `<image>` placeholders in the human
+  turns other than the number of images, more than `max_images` images, no human turn, and no answer to train on.
   """
   problems = []
   for i in range(len(records)):
@@ -143,12 +151,14 @@ def sample_problems(sample: Sample, max_images: int) -> list[str]:
 
 
 def placeholder_problem(turns: Sequence[Turn], n_images: int) -> str:
-  """"" if the human turns hold one `<image>` per image, else what is wrong. Answers do not count: there it is plain text."""
+  """What is wrong unless the human turns hold one `<image>` per image, else ""; in answers it is plain text."""
   placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
   if placeholders == n_images:
     return ""
-  return (f"{placeholders} {IMAGE_PLACEHOLDER} in the human turns but {n_images} images; "
-          f"write one {IMAGE_PLACEHOLDER} for each image, and none in questions about no image")
+  return (
+    f"{placeholders} {IMAGE_PLACEHOLDER} in the human turns but {n_images} images; "
+    f"write one {IMAGE_PLACEHOLDER} for each image, and none in questions about no image"
+  )
 
 
 def _name(source: str, index: int, identity: Any) -> str:
@@ -180,8 +190,10 @@ def _image_paths(value: Any, name: str) -> list[str]:
 def _turns(conversation: Any, name: str) -> tuple[str | None, tuple[Turn, ...]]:
   """(system text or None, turns). Answers before the first question are dropped, as LLaVA drops them."""
   if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
-    raise DataError(f"{name}: conversations is a {type(conversation).__name__}, not a list of objects; "
-                    "write [{'from': 'human', 'value': ...}, {'from': 'gpt', 'value': ...}]")
+    raise DataError(
+      f"{name}: conversations is a {type(conversation).__name__}, not a list of objects; "
+      "write [{'from': 'human', 'value': ...}, {'from': 'gpt', 'value': ...}]"
+    )
   system, turns = None, []
   for number, raw in enumerate(conversation):
     turn_name = f"{name}, turn {number}"
@@ -216,5 +228,7 @@ def _text(raw: dict, key: str, name: str) -> str:
   try:
     value.encode("utf-8")
   except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair: "\ud83d" alone
-    raise DataError(f"{name}: {key} holds half a character ({error.object[error.start]!r}); write the text again") from error
+    raise DataError(
+      f"{name}: {key} holds half a character ({error.object[error.start]!r}); write the text again"
+    ) from error
   return value

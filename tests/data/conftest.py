@@ -25,8 +25,15 @@ def tokenizer_folders(tmp_path_factory):
   for legacy in (False, True):
     folder = tmp_path_factory.mktemp(f"tokenizer_legacy_{legacy}")
     shutil.copyfile(GOLDENS / "tiny_spm.model", folder / "tokenizer.model")
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "pad_token": "<unk>",
-              "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {
+      "tokenizer_class": "LlamaTokenizer",
+      "legacy": legacy,
+      "add_bos_token": True,
+      "pad_token": "<unk>",
+      "unk_token": "<unk>",
+      "bos_token": "<s>",
+      "eos_token": "</s>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     folders[legacy] = str(folder)

@@ -91,13 +91,19 @@ def test_special_tokens_typed_by_somebody_stay_text(legacy, tokenizers):
 
 # Everything but what the tokenizer itself cannot tell from a space, and half characters.
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581"), max_size=12)
-markers = st.sampled_from(["</s>", "<s>", "<unk>", "ASSISTANT:", " ASSISTANT: ", "USER:", "\n", "  ", "\ue000", "\ue001", "\U0001f642"])
+markers = st.sampled_from(
+  ["</s>", "<s>", "<unk>", "ASSISTANT:", " ASSISTANT: ", "USER:", "\n", "  ", "\ue000", "\ue001", "\U0001f642"]
+)
 questions = st.lists(texts | markers, max_size=5).map("".join).filter(lambda text: "<image>" not in text)
 answers = st.lists(texts | markers | st.just("<image>"), max_size=5).map("".join)
 
 
 @settings(max_examples=150, deadline=None)
-@given(pairs=st.lists(st.tuples(questions, answers), min_size=1, max_size=4), n_images=st.integers(0, 2), legacy=st.booleans())
+@given(
+  pairs=st.lists(st.tuples(questions, answers), min_size=1, max_size=4),
+  n_images=st.integers(0, 2),
+  legacy=st.booleans(),
+)
 @example(pairs=[("", "")], n_images=1, legacy=False)
 @example(pairs=[("Hi ", " x"), ("", "</s>"), ("\ue000", "")], n_images=0, legacy=False)
 def test_exactly_the_answers_are_trained_on(pairs, n_images, legacy, tokenizers):
@@ -147,7 +153,10 @@ def test_system_text_is_replaced(tokenizers):
   tokenizer = tokenizers[False]
   default = chat.encode(talk("Q", "A"), "vicuna_v1", tokenizer, 0).ids
   assert tokenizer.decode(default) == chat.VICUNA_SYSTEM + " USER: Q ASSISTANT: A"
-  assert tokenizer.decode(chat.encode(talk("Q", "A"), "vicuna_v1", tokenizer, 0, "Be brief.").ids) == "Be brief. USER: Q ASSISTANT: A"
+  assert (
+    tokenizer.decode(chat.encode(talk("Q", "A"), "vicuna_v1", tokenizer, 0, "Be brief.").ids)
+    == "Be brief. USER: Q ASSISTANT: A"
+  )
   assert tokenizer.decode(chat.encode(talk("Q", "A"), "vicuna_v1", tokenizer, 0, "").ids) == "USER: Q ASSISTANT: A"
 
 
@@ -155,14 +164,17 @@ def test_plain_prompt_is_the_images_alone(tokenizers):
   assert chat.encode_prompt(talk("<image>Describe"), "plain", tokenizers[False], 1).tolist() == [1, -200]
 
 
-@pytest.mark.parametrize("turns,template,n_images,message", [
+@pytest.mark.parametrize(
+  "turns,template,n_images,message",
+  [
     (talk("Q", "A"), "llama_3", 0, "unknown template 'llama_3'; data.template must be one of vicuna_v1, plain"),
     (talk("Q", "A"), "vicuna_v1", 1, "0 <image> in the human turns but 1 images"),
     (talk("<image>", "A"), "vicuna_v1", 0, "1 <image> in the human turns but 0 images"),
     ([Turn("gpt", "A")], "vicuna_v1", 0, "turn 0 is of 'gpt' where one of 'human' is due"),
     ([Turn("human", "Q"), Turn("human", "Q")], "vicuna_v1", 0, "turn 1 is of 'human'"),
     (talk("Q", "A", "R", "B"), "plain", 0, "takes one question and one answer, not 4 turns"),
-])
+  ],
+)
 def test_bad_conversations(turns, template, n_images, message, tokenizers):
   with pytest.raises(DataError, match=message):
     chat.encode(turns, template, tokenizers[False], n_images)

@@ -1,3 +1,5 @@
+import pathlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,12 +69,15 @@ def test_modes_without_a_range_are_refused(tmp_path, values):
     images.load(path, sample_name="s")
 
 
-@pytest.mark.parametrize("mode,colour,expected", [
+@pytest.mark.parametrize(
+  "mode,colour,expected",
+  [
     ("RGBA", (255, 0, 0, 0), [255, 0, 0]),  # alpha dropped, not composited
     ("LA", (80, 0), [80] * 3),
     ("L", 80, [80] * 3),
     ("1", 1, [255] * 3),
-])
+  ],
+)
 def test_modes(tmp_path, mode, colour, expected):
   path = save(tmp_path, Image.new(mode, (4, 4), colour), "x.png")
   assert np.asarray(images.load(path))[2, 2].tolist() == expected
@@ -119,7 +124,7 @@ def test_files_that_are_no_images(tmp_path, content):
 def test_truncated_files(tmp_path, extension):
   noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
   path = save(tmp_path, Image.fromarray(noise), f"x.{extension}")
-  content = open(path, "rb").read()
+  content = pathlib.Path(path).read_bytes()
   for share in (0.05, 0.3, 0.6):
     with open(path, "wb") as file:
       file.write(content[: int(len(content) * share)])
@@ -127,12 +132,13 @@ def test_truncated_files(tmp_path, extension):
       images.load(path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow remarks on some of them
 def test_damaged_files_raise_nothing_else(tmp_path):
   """Bytes are turned at random: whatever Pillow's parsers make of them, only DataError comes out."""
   random = np.random.default_rng(1)
   noise = Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8))
   for extension in ("png", "gif", "tiff", "webp"):
-    content = np.frombuffer(open(save(tmp_path, noise, f"x.{extension}"), "rb").read(), np.uint8)
+    content = np.frombuffer(pathlib.Path(save(tmp_path, noise, f"x.{extension}")).read_bytes(), np.uint8)
     for _ in range(40):
       damaged = content.copy()
       damaged[random.integers(0, min(len(content), 120), 4)] = random.integers(0, 256, 4)

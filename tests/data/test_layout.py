@@ -78,13 +78,17 @@ def test_every_place_is_accounted_for(pieces, max_length):
       expected.append((ids[-1], trained_on, -1))
   expected = expected[:max_length]
   row = expand(Encoded(np.array(ids, np.int32), np.array(trained, bool)), runs, max_length)
-  assert [(token, k) for token, k in zip(row.tokens, row.visual_index, strict=True)] == [(token, k) for token, _, k in expected]
+  assert [(token, k) for token, k in zip(row.tokens, row.visual_index, strict=True)] == [
+    (token, k) for token, _, k in expected
+  ]
   following = [*expected[1:], (0, False, -1)][: len(expected)]
   assert row.loss_weights.tolist() == [float(trained_on) for _, trained_on, _ in following]
   assert row.targets.tolist() == [token if trained_on else 0 for token, trained_on, _ in following]
   padded = pad(row, max_length)
   assert padded.segment_ids.sum() == len(expected)
-  assert all(len(field) == max_length and field.dtype == before.dtype for field, before in zip(padded, row, strict=True))
+  assert all(
+    len(field) == max_length and field.dtype == before.dtype for field, before in zip(padded, row, strict=True)
+  )
 
 
 def test_mismatches_are_refused():

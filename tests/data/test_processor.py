@@ -11,11 +11,22 @@ from mllm_jax.data.records import DataError, Records, Turn
 
 VISION = VisionConfig(image_size=28, patch_size=14)
 SAMPLES = [
-    {"id": "one", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yes"}]},
-    {"id": "none", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
-    {"id": "two", "image": ["b.png", "c.png"],
-     "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"},
-                       {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "B"}]},
+  {
+    "id": "one",
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yes"}],
+  },
+  {"id": "none", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
+  {
+    "id": "two",
+    "image": ["b.png", "c.png"],
+    "conversations": [
+      {"from": "human", "value": "<image>"},
+      {"from": "gpt", "value": "A"},
+      {"from": "human", "value": "<image>"},
+      {"from": "gpt", "value": "B"},
+    ],
+  },
 ]
 
 
@@ -81,23 +92,34 @@ def test_truncation_keeps_what_fits_and_refuses_what_does_not(records, tokenizer
     cut(int(places[0]) + 1)
   text = int(whole.segment_ids.sum()) - 5
   assert str(error.value) == (
-      f"{records.source}, sample 0 ('one'): no trained-on token is left in {places[0] + 1} places ({text} text and 5 visual "
-      "tokens); raise data.max_length or take the sample out")
+    f"{records.source}, sample 0 ('one'): no trained-on token is left in {places[0] + 1} places ({text} text and 5 "
+    "visual tokens); raise data.max_length or take the sample out"
+  )
 
 
 def test_errors_name_the_sample(write_data, processor):
   turn = {"from": "human", "value": "<image>"}
-  path, folder = write_data([
+  path, folder = write_data(
+    [
       {"id": "gone", "image": "a.png", "conversations": [turn, {"from": "gpt", "value": "A"}]},
       {"id": "mismatch", "image": [], "conversations": [turn, {"from": "gpt", "value": "A"}]},
-      {"id": "many", "image": ["b.png"] * 3, "conversations": [{"from": "human", "value": "<image>" * 3}, {"from": "gpt", "value": "A"}]},
+      {
+        "id": "many",
+        "image": ["b.png"] * 3,
+        "conversations": [{"from": "human", "value": "<image>" * 3}, {"from": "gpt", "value": "A"}],
+      },
       {"id": "silent", "image": "c.png", "conversations": [turn, {"from": "gpt", "value": ""}]},
-  ])
+    ]
+  )
   records = Records.load(path, folder)
   (image,) = records[0].images
   open(image, "w").close()
-  messages = ["cannot be decoded", "1 <image> in the human turns but 0 images", "3 images, and a row has room for 2",
-              "no answer that is not empty"]
+  messages = [
+    "cannot be decoded",
+    "1 <image> in the human turns but 0 images",
+    "3 images, and a row has room for 2",
+    "no answer that is not empty",
+  ]
   for i, message in enumerate(messages):
     with pytest.raises(DataError, match=message) as error:
       processor.row(records[i])
