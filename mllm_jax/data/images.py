@@ -45,8 +45,7 @@ def load(path: str, *, sample_name: str = "") -> Image.Image:
   try:
     with Image.open(path) as image:
       image.seek(0)
-      image.load()  # Pillow reads lazily: a truncated file shows itself only here
-      return to_rgb(image)
+      return to_rgb(image)  # Pillow reads lazily: a truncated file shows itself only here
   except FileNotFoundError:
     raise DataError(
       f"{prefix}image {path} is missing; restore the file, set data.image_folder, or take the sample out"
