@@ -1,0 +1,136 @@
+"""Ask a trained model about pictures: python -m mllm_jax.generate --workdir=DIR --image=FILE --prompt="..."
+
+The answer, and nothing else, goes to standard output while it is made; notes and errors go to standard error. Exit status: 0
+after an answer, 2 for anything that the caller can put right, 130 when interrupted.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data import images
+from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Turn
+from mllm_jax.inference.settings import Sampling
+from mllm_jax.weights.known import WeightsError
+
+# jax and the tokenizers are imported where they are used, so that a mistyped argument is answered at once.
+
+EXAMPLES = """examples:
+  python -m mllm_jax.generate --workdir=runs/digits --image=scene.png --prompt="How many digits are there?"
+  python -m mllm_jax.generate --workdir=runs/sp --image=a.jpg --image=b.jpg --prompt="What differs between the two?"
+  python -m mllm_jax.generate --workdir=runs/sp --image=a.jpg --prompt="Tell a story." --temperature=0.7 --top_p=0.9 --seed=1
+"""
+
+
+class Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line; --help has the rest."""
+
+  def error(self, message: str):
+    self.exit(2, f"error: {message} (see --help)\n")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line, every value of it in its range; `sampling` is made of three of them. Exits with status 2 if not."""
+  parser = Parser(prog="python -m mllm_jax.generate", description="Ask a trained model about pictures.", epilog=EXAMPLES,
+                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run with a checkpoint in it")
+  parser.add_argument("--image", action="append", default=[], metavar="FILE", dest="images",
+                      help="a picture; give it again for each further one; without any, the question is about text only")
+  parser.add_argument("--prompt", required=True, metavar="TEXT",
+                      help="the question; the pictures come before it")
+  parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                      help="0 always takes the likeliest token, higher is more varied (default: 0)")
+  parser.add_argument("--top_p", type=float, default=1.0, metavar="P",
+                      help="draw from the likeliest tokens that together have this probability (default: 1, from all)")
+  parser.add_argument("--top_k", type=int, default=0, metavar="K",
+                      help="draw from this many of the likeliest tokens (default: 0, from all)")
+  parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer in tokens (default: 128)")
+  parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws another answer (default: 0)")
+  args = parser.parse_args(argv)
+  if not args.prompt.replace(IMAGE_PLACEHOLDER, "").strip():
+    parser.error("--prompt is empty; write a question")
+  if args.max_new_tokens < 1:
+    parser.error(f"--max_new_tokens is {args.max_new_tokens}; it must be at least 1")
+  if not 0 <= args.seed < 2**32:
+    parser.error(f"--seed is {args.seed}; it must lie between 0 and 2**32 - 1")
+  if not os.path.isdir(args.workdir):
+    parser.error(f"--workdir {args.workdir}: no such folder; name the --workdir of a training run")
+  try:
+    args.sampling = Sampling(args.temperature, args.top_p, args.top_k)
+  except ValueError as error:
+    parser.error(f"--{error}")
+  return args
+
+
+def load_picture(path: str):
+  """An RGB picture. Raises DataError, in the words of the command line."""
+  if not os.path.isfile(path):
+    raise DataError(f"--image {path}: no such file")
+  try:
+    return images.load(path)
+  except DataError as error:
+    raise DataError(f"--image {path}: cannot be read as a picture; save it again as PNG or JPEG") from error
+
+
+def with_placeholders(prompt: str, count: int) -> str:
+  """The prompt with a placeholder for each of its pictures, in front unless it holds them already.
+
+  Raises:
+    DataError: it holds some, but not one for each picture.
+  """
+  written = prompt.count(IMAGE_PLACEHOLDER)
+  if written not in (0, count):
+    raise DataError(f"--prompt says {IMAGE_PLACEHOLDER} {written} times, and --image names {count}; give one for each picture")
+  return prompt if written else f"{IMAGE_PLACEHOLDER}\n" * count + prompt
+
+
+def answer(args: argparse.Namespace) -> None:
+  """Prints the answer as it is made. Raises DataError, ConfigError or WeightsError for what the caller can put right."""
+  pictures = [load_picture(path) for path in args.images]
+  question = Turn("human", with_placeholders(args.prompt, len(pictures)))
+
+  from mllm_jax.build import restore
+  from mllm_jax.data.processor import collate
+  from mllm_jax.inference.engine import Engine
+  from mllm_jax.inference.text import Detokenizer
+
+  start = time.perf_counter()
+  restored = restore(args.workdir)
+  processor = restored.processor
+  batch = collate([processor.prompt([question], pictures)])
+  note(f"{args.workdir}: model of the stage {restored.stage}, read in {time.perf_counter() - start:.1f} s; the first token "
+       "waits for compilation")
+  engine = Engine(restored.model, processor.tokenizer.eos_id)
+  text = Detokenizer(processor.tokenizer.decode)
+  count = 0
+  for count, token in enumerate(engine.stream(batch, args.max_new_tokens, args.sampling, args.seed), start=1):
+    print(text.push(token), end="", flush=True)
+  print(text.finish(), flush=True)
+  if count == args.max_new_tokens:
+    note(f"the answer was cut off after --max_new_tokens={count}")
+
+
+def note(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  args = arguments(argv)
+  try:
+    answer(args)
+  except (DataError, ConfigError, WeightsError) as error:
+    note(f"error: {error}")
+    return 2
+  except BrokenPipeError:  # whoever read the answer has seen enough; Python would complain again when it closes the stream
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except KeyboardInterrupt:
+    note("\ninterrupted")
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
