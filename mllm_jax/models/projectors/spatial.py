@@ -19,6 +19,7 @@ from flax import nnx
 from mllm_jax.config import ConfigError, ProjectorConfig
 from mllm_jax.models.layers import LayerNorm, Linear, uniform, zeros
 from mllm_jax.models.projectors.mlp import MlpProjector
+from mllm_jax.sharding import rows_only
 
 DFI_STRIDE = 2  # paper, table 6: every kernel size is used with stride 2
 DFI_NORM_EPS = 1e-5
@@ -108,19 +109,23 @@ class DetailFeatureIntegrator(nnx.Module):
     self.query, self.key, self.value = (Linear(conv_width, conv_width, bias=True, rngs=rngs) for _ in range(3))
 
   def details(self, patch_map: jax.Array) -> jax.Array:
-    """The detail map [B, M, E], row-major."""
-    strides = (DFI_STRIDE, DFI_STRIDE)
-    detail = jax.lax.conv_general_dilated(patch_map, self.kernel[...].astype(patch_map.dtype), strides, "VALID",
-                                          dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return detail.reshape(detail.shape[0], -1, detail.shape[-1])
+    """The detail map [B, M, E], row-major: one product of all windows with the kernel.
+
+    Not `jax.lax.conv`: the windows are so few and so large that a product is the better form.
+    """
+    size = self.kernel.shape[0]
+    starts = range(0, patch_map.shape[1] - size + 1, DFI_STRIDE)
+    windows = jnp.stack([patch_map[:, i:i + size, j:j + size] for i in starts for j in starts], axis=1)
+    return jnp.einsum("bmhwc,hwce->bme", windows, self.kernel[...].astype(windows.dtype))
 
   def __call__(self, tokens: jax.Array, patch_map: jax.Array) -> jax.Array:
-    details = self.details(patch_map)
+    details = rows_only(self.details(patch_map))
     queries, keys = self.query(self.query_norm(tokens)), self.key(self.key_norm(details))
     values = self.value(self.value_norm(details))
     scores = jnp.einsum("bne,bme->bnm", queries, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores / math.sqrt(tokens.shape[-1]), axis=-1).astype(values.dtype)
-    return jnp.concatenate([tokens, jnp.einsum("bnm,bme->bne", weights, values)], axis=-1)
+    found = rows_only(jnp.einsum("bnm,bme->bne", weights, values))
+    return rows_only(jnp.concatenate([rows_only(tokens), found], axis=-1))
 
 
 class SpatialProjector(nnx.Module):

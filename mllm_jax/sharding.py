@@ -1,0 +1,96 @@
+"""Where things lie: the mesh of devices, and the table from a parameter's path to its PartitionSpec.
+
+Axes: `data` replicates the parameters, `fsdp` shards them and the batch, `tensor` shards the width of single layers. The batch
+is split over data and fsdp together.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from mllm_jax.batch import Batch
+from mllm_jax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Stacked layers have a leading axis of layers, which is never sharded: a scan over it would gather everything at once.
+RULES: tuple[tuple[str, P], ...] = (
+    (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
+    (r".*/layers/(o_proj|out_proj|down_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
+    (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora/a", P(None, "fsdp", None)),
+    (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora/b", P(None, "fsdp", "tensor")),
+    (r".*/layers/(o_proj|down_proj)/lora/a", P(None, "tensor", "fsdp")),
+    (r".*/layers/(o_proj|down_proj)/lora/b", P(None, None, "fsdp")),
+    (r"decoder/embedding", P("tensor", "fsdp")),
+    (r"decoder/head", P("fsdp", "tensor")),
+    (r"vision/patch_embedding/kernel", P(None, "fsdp")),
+    (r"vision/(class|position)_embedding", P()),
+    (r"projector/(sfe/kernels/\d+|dfi/kernel)", P(None, None, "fsdp", "tensor")),
+    (r"projector/(.*/)?(head|query|key|value|fc1|fc2)/kernel", P("fsdp", "tensor")),
+    (r".*/(bias|scale)", P()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+  """The mesh of all devices. Raises ConfigError where the configured axes do not make up their number."""
+  devices = jax.devices() if devices is None else devices
+  sizes = {axis: getattr(config, axis) for axis in AXES}
+  given = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+  free = [axis for axis, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ConfigError(f"{given}: sizes must be 1 or more, and at most one of them -1")
+  if free and len(devices) % known == 0:
+    sizes[free[0]] = len(devices) // known
+  elif known != len(devices) or free:
+    raise ConfigError(f"{given} does not make up the {len(devices)} devices at hand; let one axis be -1")
+  # Auto: the compiler propagates shardings. (make_mesh's own default is Explicit, where every gather must name its output.)
+  return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """The spec of the first rule that matches the path. A dimension that its mesh axis does not divide stays whole.
+
+  Raises ConfigError for a path that no rule knows, so that no parameter is replicated by oversight.
+  """
+  for pattern, spec in RULES:
+    if re.fullmatch(pattern, path):
+      fits = lambda size, axis: axis is not None and size % mesh.shape[axis] == 0
+      return P(*(axis if fits(size, axis) else None for size, axis in zip(shape, spec)))
+  raise ConfigError(f"sharding.RULES has no rule for the parameter {path}; add one")
+
+
+def parameter_shardings(flat: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+  """{path: NamedSharding} for arrays or shapes by path."""
+  return {path: NamedSharding(mesh, partition_spec(path, array.shape, mesh)) for path, array in flat.items()}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """In how many parts the rows of a batch are split."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def to_device(batch: Batch, mesh: Mesh, *, leading: int = 0) -> Batch:
+  """This process' rows of a host batch as global arrays, split over the mesh; `leading` axes before the rows stay whole."""
+  sharding = NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def rows_only(x: jax.Array) -> jax.Array:
+  """Pins an activation [B, ...] to be split over its rows and nothing else, inside `jax.set_mesh(mesh)`; elsewhere no change.
+
+  Where small activations meet kernels sharded over both fsdp and tensor, the compiler may otherwise split their last axis;
+  jax 0.10 then computes wrong gradients for a concatenation along that axis (seen in DFI on a 2 x 2 x 2 mesh).
+  """
+  if not jax.sharding.get_abstract_mesh().axis_names:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))

@@ -1,0 +1,111 @@
+"""One training step: loss, gradient, update; and the state that it carries from step to step."""
+
+import dataclasses
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from mllm_jax import parameters, sharding
+from mllm_jax.batch import Batch
+from mllm_jax.config import StageConfig
+from mllm_jax.training import optimizer as optimizer_lib
+from mllm_jax.training.loss import summed_cross_entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a step changes, and that a checkpoint holds.
+
+  step: int32, steps taken, applied or not. trainable: {path: float32 array}. optimizer: the moments.
+  skipped, skipped_in_row: int32, steps whose loss or gradient was not finite, so far and just now in a row.
+  """
+
+  step: Any
+  trainable: dict[str, Any]
+  optimizer: Any
+  skipped: Any
+  skipped_in_row: Any
+
+
+def state_shardings(optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: Mesh) -> TrainState:
+  """The sharding of each leaf of the state: moments lie where their parameter does."""
+  specs, whole = sharding.parameter_shardings(trainable, mesh), sharding.replicated(mesh)
+  moments = optax.tree_utils.tree_map_params(optimizer, lambda _, spec: spec, jax.eval_shape(optimizer.init, trainable), specs,
+                                             transform_non_params=lambda _: whole)
+  return TrainState(whole, specs, moments, whole, whole)
+
+
+def initial_state(optimizer: optax.GradientTransformation, trainable: dict[str, jax.Array], mesh: Mesh) -> TrainState:
+  """The state before the first step. `trainable` may be arrays, or shapes under `jax.eval_shape`."""
+
+  def make(trainable):
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, trainable, optimizer.init(trainable), zero, zero)
+
+  return jax.jit(make, out_shardings=state_shardings(optimizer, trainable, mesh))(trainable)
+
+
+def loss_and_tokens(model: nnx.Module, batch: Batch, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  """(summed loss, number of trained tokens) of a batch [B, ...], float32 scalars."""
+  loss = summed_cross_entropy(model.decoder, model.hidden(batch, dropout_key), batch.targets, batch.loss_weights)
+  return loss, batch.loss_weights.sum()
+
+
+def make_step(graphdef: nnx.GraphDef, stage: StageConfig, learning_rates: dict[str, float], steps: int, seed: int, mesh: Mesh,
+              optimizer: optax.GradientTransformation, shardings: TrainState) -> Callable:
+  """The compiled function (state, frozen, batch [A, B, ...]) -> (state, metrics); the state is donated.
+
+  The A micro-batches' summed gradients are added in float32 and divided by all their trained tokens once: the result is the
+  same however the batch is cut. (Averaging the micro-batches' means, as is often done, weighs tokens by the length of their
+  neighbours.) A step whose loss or gradient is not finite changes nothing but the counters.
+  """
+  factor = optimizer_lib.schedule(steps, stage.warmup_ratio)
+  rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
+
+  def gradient(trainable, frozen, batch, key):
+    def loss_fn(trainable):
+      model = parameters.unflatten(graphdef, {**frozen, **trainable})
+      return loss_and_tokens(model, jax.lax.with_sharding_constraint(batch, rows), key)
+
+    (loss, tokens), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    return loss, tokens, grads
+
+  def accumulate(trainable, frozen, batch, key):
+    keys = jax.random.split(key, stage.accumulation)
+    if stage.accumulation == 1:
+      return gradient(trainable, frozen, jax.tree.map(lambda x: x[0], batch), keys[0])
+
+    def add(total, xs):
+      return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *xs)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
+    return jax.lax.scan(add, start, (batch, keys))[0]
+
+  def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    loss, tokens, grads = accumulate(state.trainable, frozen, batch, key)
+    count = jnp.maximum(tokens, 1.0)
+    loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
+    norm = parameters.norm(grads)
+    if stage.clip_norm > 0:
+      grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, stage.clip_norm / (norm + 1e-6)), grads)
+    updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+    scale = factor(state.step)
+    trainable = {path: value - learning_rates[path] * scale * updates[path] for path, value in state.trainable.items()}
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    bad = 1 - finite.astype(jnp.int32)
+    state = TrainState(state.step + 1, keep(trainable, state.trainable), keep(moments, state.optimizer),
+                       state.skipped + bad, (state.skipped_in_row + 1) * bad)
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": scale * max(learning_rates.values()), "tokens": tokens,
+               "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+    return state, metrics
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
