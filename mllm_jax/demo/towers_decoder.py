@@ -31,8 +31,11 @@ CROPS = (2, 4, 6, 8)  # sides of the centre crops that the spatial tokens summar
 SLOTS = len(CROPS) + scenes.GRID**2
 WORDS = (*scenes.COLOURS, *map(str, range(10)), *scenes.ROWS, *scenes.COLUMNS, *scenes.GROUNDS, *texts.NUMBERS)
 INDEX = {word: i for i, word in enumerate(WORDS)}
-LENGTHS = {"drill": 128, "caption": 136, "conversation": 240}  # places in a row
+LENGTHS = {"drill": 96, "caption": 136, "conversation": 240}  # places in a row
 TURNS = 8
+DRILL_SLOTS = 12  # a drill's description is a choice of patches: short rows are quick
+DRILL_ITEMS = 14
+END = 2  # the id of </s>
 
 
 def config(vocab_size: int) -> DecoderConfig:
@@ -48,28 +51,28 @@ def _words_of(thing: scenes.Object) -> np.ndarray:
   return weights
 
 
-def describe(rng: np.random.Generator, scene: scenes.Scene, noisy: bool) -> np.ndarray:
-  """How much of each word stands in each slot, float32 [SLOTS, words]."""
+def describe(rng: np.random.Generator, scene: scenes.Scene, noise: float) -> np.ndarray:
+  """How much of each word stands in each slot, float32 [SLOTS, words]. `noise` in 0..1: how often something is disturbed."""
   patches = np.zeros((scenes.GRID**2, len(WORDS)), np.float32)
   patches[:, INDEX[scene.ground]] = 1
   vectors = [_words_of(thing) for thing in scene.objects]
-  if noisy:
-    vectors = [_disturbed(rng, vector) for vector in vectors]
-    for thing, vector in zip(scene.objects, vectors):
-      if rng.random() < 0.3:
-        step = (1, -1, scenes.GRID, -scenes.GRID)[rng.integers(4)]
-        leak = rng.uniform(0, 0.4)
-        patches[thing.patch + step] = leak * vector + (1 - leak) * patches[thing.patch + step]
+  vectors = [_disturbed(rng, vector, noise) for vector in vectors]
+  for thing, vector in zip(scene.objects, vectors):
+    if rng.random() < 0.3 * noise:
+      neighbour = thing.patch + (1, -1, scenes.GRID, -scenes.GRID)[rng.integers(4)]
+      leak = rng.uniform(0, 0.4)
+      patches[neighbour] = leak * vector + (1 - leak) * patches[neighbour]
   for thing, vector in zip(scene.objects, vectors):
     patches[thing.patch] = vector
-  return np.concatenate([_summaries(rng, scene, vectors, noisy), patches])
+  return np.concatenate([_summaries(rng, scene, vectors, noise), patches])
 
 
-def _disturbed(rng: np.random.Generator, vector: np.ndarray) -> np.ndarray:
-  vector = vector * rng.normal(1, 0.15, len(vector)).astype(np.float32)
-  if rng.random() < 0.1:
+def _disturbed(rng: np.random.Generator, vector: np.ndarray, noise: float) -> np.ndarray:
+  """The words of an object, weighted unevenly; now and then one is missing, or another digit shines through."""
+  vector = vector * rng.normal(1, 0.15 * noise, len(vector)).astype(np.float32)
+  if rng.random() < 0.08 * noise:
     vector[np.flatnonzero(vector)[rng.integers(4)]] = 0
-  if rng.random() < 0.15:
+  if rng.random() < 0.15 * noise:
     digit = rng.integers(10)
     share = rng.uniform(0, 0.4)
     slot = slice(INDEX["0"], INDEX["9"] + 1)
@@ -78,13 +81,13 @@ def _disturbed(rng: np.random.Generator, vector: np.ndarray) -> np.ndarray:
   return vector
 
 
-def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noisy: bool) -> np.ndarray:
+def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noise: float) -> np.ndarray:
   """One slot per centre crop: the mean of the objects in it, their number and the ground; now and then only the ground."""
   slots = np.zeros((len(CROPS), len(WORDS)), np.float32)
   slots[:, INDEX[scene.ground]] = 1
-  if noisy and rng.random() < 0.4:
+  if rng.random() < 0.4 * noise:
     return slots
-  with_number = not noisy or rng.random() < 0.6
+  with_number = rng.random() > 0.4 * noise
   for slot, side in zip(slots, CROPS):
     inside = [vector for thing, vector in zip(scene.objects, vectors)
               if all((scenes.GRID - side) // 2 <= i < (scenes.GRID + side) // 2 for i in divmod(thing.patch, scenes.GRID))]
@@ -116,47 +119,57 @@ class Speaker:
     parts = [(self.pieces.encode("\n"), False)]
     for i, question in enumerate(questions):
       parts.append((self.follow(("USER: " if i else "") + question.text + " ASSISTANT:"), False))
-      parts.append(([*self.follow(" " + question.answer), 2], True))
+      parts.append(([*self.follow(" " + question.answer), END], True))
     return self.start, parts
 
   def caption(self, text: str) -> tuple[list[int], list[tuple[list[int], bool]]]:
     return [1], [(self.pieces.encode(text + "\n"), True)]
 
-  def drill(self, rng: np.random.Generator, scene: scenes.Scene, items: int) -> tuple[list[int], list[tuple[list[int], bool]]]:
-    """`items` times a word for what is wanted, a key, and the answer."""
+  def drill(self, rng: np.random.Generator, scene: scenes.Scene) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """Again and again what is wanted, a key, and the answer; nothing twice."""
     parts = [(self.pieces.encode("\n"), False)]
-    for _ in range(items):
-      thing = scene.objects[rng.integers(len(scene.objects))]
-      facts = {"colour": thing.colour, "digit": str(thing.digit), "at": thing.place}
-      wanted, key = rng.permutation(list(facts))[:2]
-      same = [t for t in scene.objects if facts[key] == {"colour": t.colour, "digit": str(t.digit), "at": t.place}[key]]
-      if len(same) == 1:
-        parts += [(self.follow(f" {wanted} {facts[key]}"), False), ([*self.follow(" " + facts[wanted]), 2], True)]
+    facts = [{"colour": thing.colour, "digit": str(thing.digit), "at": thing.place} for thing in scene.objects]
+    items = [(wanted, fact[key], fact[wanted]) for fact in facts for wanted in fact for key in fact
+             if wanted != key and sum(other[key] == fact[key] for other in facts) == 1]
+    for i in rng.permutation(len(items))[:DRILL_ITEMS]:
+      wanted, key, answer = items[i]
+      parts += [(self.follow(f" {wanted} {key}"), False), ([*self.follow(f" {answer}"), END], True)]
     return [1], parts
 
 
-def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noisy: bool = True, questions=None) -> dict:
-  """Arrays of one batch: tokens, targets, weights [B, S], first visual place [B], descriptions [B, SLOTS, words]."""
+def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noise: float, questions=None) -> dict:
+  """Arrays of one batch: tokens, targets, weights [B, S], first visual place [B], descriptions [B, slots, words], sigma [B].
+
+  `questions`: (scene, questions) of each row, random ones where None.
+  """
   length = LENGTHS[kind]
   tokens = np.zeros((rows, length + 1), np.int32)
   trained = np.zeros((rows, length + 1), np.float32)
   first, descriptions = np.zeros(rows, np.int32), []
   for row in range(rows):
     scene, asked = questions[row] if questions else (scenes.sample_scene(rng, scenes.load_digits().train_indices), None)
+    description = describe(rng, scene, noise)
     if kind == "conversation":
       before, parts = speaker.conversation(asked or texts.converse(rng, scene, TURNS))
     elif kind == "caption":
       before, parts = speaker.caption(texts.caption(rng, scene))
     else:
-      before, parts = speaker.drill(rng, scene, 10)
-    ids = before + [0] * SLOTS + [i for part, _ in parts for i in part]
-    mask = [0] * (len(before) + SLOTS) + [int(on) for part, on in parts for _ in part]
+      before, parts = speaker.drill(rng, scene)
+      description = _excerpt(rng, scene, description)
+    ids = before + [0] * len(description) + [i for part, _ in parts for i in part]
+    mask = [0] * (len(before) + len(description)) + [int(on) for part, on in parts for _ in part]
     ids, mask = ids[: length + 1], mask[: length + 1]
     tokens[row, : len(ids)], trained[row, : len(ids)], first[row] = ids, mask, len(before)
-    descriptions.append(describe(rng, scene, noisy))
-  sigma = rng.uniform(0, 0.6, rows).astype(np.float32) if noisy else np.zeros(rows, np.float32)
+    descriptions.append(description)
   return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=trained[:, 1:], first=first,
-              descriptions=np.stack(descriptions), sigma=sigma)
+              descriptions=np.stack(descriptions), sigma=rng.uniform(0, 0.6 * noise, rows).astype(np.float32))
+
+
+def _excerpt(rng: np.random.Generator, scene: scenes.Scene, description: np.ndarray) -> np.ndarray:
+  """The slots of the objects and some others, in order."""
+  objects = [len(CROPS) + thing.patch for thing in scene.objects]
+  others = rng.permutation(np.setdiff1d(np.arange(len(CROPS), SLOTS), objects))
+  return description[np.sort([*objects, *others[: DRILL_SLOTS - len(objects)]])]
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------------
@@ -176,28 +189,47 @@ def forward(decoder: Decoder, words: jax.Array, batch: dict, key: jax.Array) -> 
 
 
 def loss(decoder: Decoder, words: jax.Array, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean cross-entropy of the trained-on tokens, and the share of them predicted."""
+  """Mean cross-entropy of the trained-on tokens, and the share predicted, ends of answers left out."""
   logits = forward(decoder, words, batch, key)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
   hits = (logits.argmax(-1) == batch["targets"]).astype(jnp.float32)
-  mean = lambda x: jnp.sum(x * batch["weights"]) / jnp.sum(batch["weights"])
-  return mean(losses), mean(hits)
+  said = batch["weights"] * (batch["targets"] != END)
+  mean = lambda x, weights: jnp.sum(x * weights) / jnp.sum(weights)
+  return mean(losses, batch["weights"]), mean(hits, said)
 
 
-def plan(step: int, steps: int) -> str:
-  """What a step trains on: drills, then mostly conversations."""
+def initialise(config: DecoderConfig, seed: int) -> Decoder:
+  """A decoder that is inclined to look things up (after Trockman and Kolter, "Mimetic initialization", 2023).
+
+  In all layers but the first (which has to see what stood just before) the query and key maps start out nearly equal, so that
+  a token attends to what resembles it, and the output map as the transpose of the value map, so that it takes over what
+  stands there; the head starts as the transpose of the embedding table. From a random start, look-up takes thousands of steps.
+  """
+  decoder = widen(Decoder(config, LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(seed)))
+  decoder.embedding.set_value(decoder.embedding[...] * 4)
+  decoder.head.set_value(decoder.embedding[...].T)
+  turns = jax.random.orthogonal(jax.random.key(seed), config.width, (2, config.layers - 1))
+  layers = decoder.layers
+  for linear, start in ((layers.q_proj, turns[0]), (layers.k_proj, turns[0]), (layers.v_proj, turns[1]),
+                        (layers.o_proj, turns[1].swapaxes(-1, -2))):
+    kernel = linear.kernel[...]
+    linear.kernel.set_value(kernel.at[1:].set(start + 0.3 * kernel[1:]))
+  return decoder
+
+
+def plan(step: int, steps: int) -> tuple[str, float]:
+  """What a step trains on, and with how much noise: drills, then more and more conversations and captions."""
   done = step / steps
-  if done < 0.15:
-    return "drill"
-  return ("conversation", "drill", "conversation", "caption")[step % 4] if done < 0.4 else (
-      "conversation", "conversation", "conversation", "caption")[step % 4]
+  if done < 0.2:
+    return "drill", 0.0
+  kinds = ("conversation", "drill", "conversation", "caption") if done < 0.4 else ("conversation",) * 3 + ("caption",)
+  return kinds[step % 4], float(np.clip((done - 0.35) / 0.2, 0, 1))
 
 
 def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, seed: int = 0, log=print) -> Decoder:
   """The decoder, in float32."""
   rng, speaker = np.random.default_rng(seed), Speaker(model)
-  decoder = widen(Decoder(config(speaker.pieces.vocab_size()), LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(seed)))
-  decoder.embedding.set_value(decoder.embedding[...] * 4)
+  decoder = initialise(config(speaker.pieces.vocab_size()), seed)
   words = jnp.array(speaker.words)
   schedule = optax.warmup_cosine_decay_schedule(0, peak, 100, steps, peak / 50)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
@@ -213,8 +245,8 @@ def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, se
 
   start = time.time()
   for step in range(steps):
-    kind = plan(step, steps)
-    params, state, value, hits = update(params, state, make_batch(rng, speaker, kind, batch_size), step)
+    kind, noise = plan(step, steps)
+    params, state, value, hits = update(params, state, make_batch(rng, speaker, kind, batch_size, noise), step)
     if step % 50 < 4 or step == steps - 1:
       log(f"decoder step {step:5d} {kind:12s} loss {float(value):.3f} right {float(hits):.3f} {time.time() - start:.0f} s")
     if step % 500 == 499:
@@ -222,8 +254,8 @@ def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, se
   return nnx.merge(graph, params)
 
 
-def evaluate(decoder: Decoder, speaker: Speaker, rows: int = 96, seed: int = 1, noisy: bool = False) -> dict[str, float]:
-  """Share of questions of each kind answered exactly (every token of the answer and its end) from undisturbed descriptions."""
+def evaluate(decoder: Decoder, speaker: Speaker, rows: int = 96, seed: int = 1, noise: float = 0.0) -> dict[str, float]:
+  """Share of questions of each kind answered exactly: every token of the answer, and its end."""
   rng = np.random.default_rng(seed)
   run = jax.jit(lambda decoder, batch: forward(decoder, jnp.array(speaker.words), batch, jax.random.key(0)).argmax(-1))
   hits = {kind: [] for kind in texts.KINDS}
@@ -232,10 +264,10 @@ def evaluate(decoder: Decoder, speaker: Speaker, rows: int = 96, seed: int = 1, 
     while len(asked) < 24:
       scene = scenes.sample_scene(rng, scenes.load_digits().train_indices)
       asked.append((scene, texts.converse(rng, scene, TURNS)))
-    batch = make_batch(rng, speaker, "conversation", 24, noisy=noisy, questions=asked)
+    batch = make_batch(rng, speaker, "conversation", 24, noise, asked)
     right = (np.asarray(run(decoder, batch)) == batch["targets"]) | (batch["weights"] == 0)
     for row, (_, questions) in enumerate(asked):
-      ends = np.flatnonzero((batch["targets"][row] == 2) & (batch["weights"][row] == 1))
+      ends = np.flatnonzero((batch["targets"][row] == END) & (batch["weights"][row] == 1))
       starts = [0, *(ends[:-1] + 1)]
       for question, start, end in zip(questions, starts, ends):
         hits[question.kind].append(bool(right[row, start:end + 1].all()))

@@ -97,7 +97,7 @@ def contrast(scores: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]
   is_object = 1 - words[..., grounds].sum(-1)
   mean = lambda x, weights: jnp.sum(x * weights) / jnp.sum(weights)
   best = sum(scores[..., f].max(-1) for f in factors)
-  hits = (jnp.sum(scores * words, -1) >= best) & (best > scores[..., grounds].max(-1))
+  hits = (jnp.sum(scores * words, -1) > best - 1e-3) & (best > scores[..., grounds].max(-1))
   return -mean(log_prob, is_object) - mean(log_prob, 1 - is_object), mean(hits.astype(jnp.float32), is_object)
 
 
