@@ -1,0 +1,93 @@
+"""Sizes at full scale, with nothing allocated, and configurations that cannot work."""
+
+import dataclasses
+import math
+
+import pytest
+
+from mllm_jax import parameters
+from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
+from mllm_jax.models import mllm, projectors
+from mllm_jax.models.projectors.spatial import map_sizes
+
+SFE = ProjectorConfig(dfi_kernel=0)
+
+
+def count(config, part):
+  _, flat = parameters.flatten(mllm.abstract(config))
+  return sum(math.prod(array.shape) for path, array in flat.items() if part in path)
+
+
+@pytest.mark.parametrize(
+  "projector, expected",
+  [
+    (ProjectorConfig(), 923_550_208),
+    (SFE, 786_440_192),
+    (ProjectorConfig(maps="pooling"), 923_546_112),
+    (ProjectorConfig(dfi_kernel=4), 797_721_088),
+    (dataclasses.replace(SFE, sizes=(24,)), 325_066_752),
+    (dataclasses.replace(SFE, stride=4), 492_838_912),
+    (dataclasses.replace(SFE, stride=1), 1_386_225_664),
+    (ProjectorConfig(kind="mlp2x_gelu"), 20_979_712),
+  ],
+)
+def test_parameters_of_the_released_projectors(projector, expected):
+  """The counts that the released checkpoints' shapes add up to."""
+  assert count(ModelConfig(projector=projector), "projector/") == expected
+
+
+def test_parameters_of_vicuna_and_its_adapters():
+  config = ModelConfig(lora=LoraConfig(rank=128))
+  assert count(config, "/lora/") == 319_815_680
+  assert count(ModelConfig(), "decoder/") == 6_738_415_616
+
+
+@pytest.mark.parametrize(
+  "projector, sizes",
+  [
+    (SFE, (4, 8, 12, 16, 20, 24)),
+    (dataclasses.replace(SFE, stride=1), tuple(range(2, 25, 2))),
+    (dataclasses.replace(SFE, stride=4), (8, 16, 24)),
+    (dataclasses.replace(SFE, sizes=(24,)), (24,)),
+  ],
+)
+def test_map_sizes(projector, sizes):
+  assert map_sizes(projector, 24) == sizes
+  assert projectors.tokens_per_crop(ModelConfig(projector=projector)) == len(sizes) + 576
+
+
+@pytest.mark.parametrize(
+  "change, field",
+  [
+    (dict(kind="perceiver"), "projector.kind"),
+    (dict(maps="sliding"), "projector.maps"),
+    (dict(stride=5), "projector.stride"),
+    (dict(stride=0), "projector.stride"),
+    (dict(sizes=(8, 4)), "projector.sizes"),
+    (dict(sizes=(4, 25)), "projector.sizes"),
+    (dict(sizes=(3, 24)), "projector.sizes"),
+    (dict(dfi_kernel=25), "projector.dfi_kernel"),
+    (dict(dfi_kernel=-1), "projector.dfi_kernel"),
+    (dict(head_bias="sometimes"), "projector.head_bias"),
+    (dict(conv_init="ones"), "projector.conv_init"),
+  ],
+)
+def test_impossible_projectors_are_refused(change, field):
+  with pytest.raises(ConfigError, match=field):
+    mllm.abstract(ModelConfig(projector=ProjectorConfig(**change)))
+
+
+@pytest.mark.parametrize(
+  "change, field",
+  [
+    (dict(vision=VisionConfig(image_size=340)), "vision.image_size"),
+    (dict(vision=VisionConfig(activation="relu")), "vision.activation"),
+    (dict(vision=VisionConfig(select_layer=-26)), "vision.select_layer"),
+    (dict(decoder=DecoderConfig(kv_heads=5)), "decoder.kv_heads"),
+    (dict(remat="some"), "model.remat"),
+    (dict(vision=VisionConfig(image_size=378)), "projector.stride"),  # an odd grid, 27 x 27
+  ],
+)
+def test_impossible_models_are_refused(change, field):
+  with pytest.raises(ConfigError, match=field):
+    mllm.abstract(ModelConfig(**change))

@@ -1,0 +1,181 @@
+"""The vision tower, the decoder and its adapters against transformers and PEFT."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import released
+from flax import nnx
+
+from mllm_jax import parameters
+from mllm_jax.config import LoraConfig, VisionConfig
+from mllm_jax.models import lora
+from mllm_jax.models.decoder import Decoder, KVCache
+from mllm_jax.models.vision import VisionTower
+from mllm_jax.weights import clip, llama, mapping, peft
+
+
+def test_clip_features():
+  golden = released.read("clip_tiny")
+  config = VisionConfig(width=64, layers=4, heads=4, mlp_width=128)
+  tower = nnx.eval_shape(lambda: VisionTower(config, dtype="float32", rngs=nnx.Rngs(0)))
+  tower = released.fill(tower, "vision/", clip.table(config), released.group(golden, "w."))
+  pixels = released.read("img_wide640x360")
+  images = tower.normalise(pixels["clip.resized_uint8"][None])
+  np.testing.assert_allclose(images[0], pixels["clip.pixel_values"].transpose(1, 2, 0), rtol=0, atol=1e-6)
+  features = jax.jit(lambda tower, images: tower(images))(tower, images)
+  released.check_close("clip", np.asarray(features), golden["out.select"], relative=0, floor=1e-5)
+
+
+@pytest.fixture(scope="module", params=["mha", "gqa2"])
+def case(request, tmp_path_factory):
+  """(name, golden, decoder config, decoder with its weights)."""
+  golden = released.read(f"llama_{request.param}")
+  folder = tmp_path_factory.mktemp("llama")
+  (folder / "config.json").write_text(json.dumps(json.loads(str(golden["config_json"])) | {"model_type": "llama"}))
+  config = llama.read_config(folder)
+  assert config.kv_heads == {"mha": 4, "gqa2": 2}[request.param]
+  return request.param, golden, config, make(golden, config)
+
+
+def make(golden, config, remat="none"):
+  """A decoder with the golden's weights."""
+  decoder = nnx.eval_shape(lambda: Decoder(config, LoraConfig(), dtype="float32", remat=remat, rngs=nnx.Rngs(0)))
+  return released.fill(decoder, "decoder/", llama.table(config), released.group(golden, "w."))
+
+
+def adapted(decoder, adapter, remat="none"):
+  """(structure, base weights, shapes of the adapters' weights) of a decoder with adapters beside its kernels."""
+  make = lambda: Decoder(decoder.config, adapter, dtype="float32", remat=remat, rngs=nnx.Rngs(0))
+  graphdef, flat = parameters.flatten(nnx.eval_shape(make))
+  return graphdef, parameters.flatten(decoder)[1], {path: shape for path, shape in flat.items() if "/lora/" in path}
+
+
+def run(decoder, golden):
+  """Hidden states and mean loss of the golden's rows."""
+  ids, segments = golden["input_ids"].astype(np.int32), golden["attention_mask"].astype(np.int32)
+  positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+  logits = decoder.logits(decoder(decoder.embed(ids), positions, segments))
+  targets = golden["labels"][:, 1:]
+  picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+  return -(picked * (targets >= 0)).sum() / (targets >= 0).sum(), logits
+
+
+def test_decoder(case):
+  name, golden, config, decoder = case
+  (loss, logits), gradient = jax.jit(jax.value_and_grad(lambda d: run(d, golden), has_aux=True))(decoder)
+  real = golden["attention_mask"].astype(bool)
+  released.check_close(f"llama_{name} logits", np.asarray(logits)[real], golden["logits"][real], relative=1e-5)
+  released.check_close(f"llama_{name} loss", np.asarray(loss), golden["loss"], relative=1e-5)
+  found = released.to_foreign(gradient, "decoder/", llama.table(config))
+  expected = released.group(golden, "g.")
+  assert sorted(found) == sorted(expected)
+  for key, value in found.items():
+    released.check_close(f"llama_{name} {key}", value, expected[key], relative=1e-4)
+
+
+def test_greedy_generation_with_and_without_cache(case):
+  _, golden, config, decoder = case
+  prompt, answer = golden["greedy_prompt"], golden["greedy_out"][0]
+  steps = len(answer) - prompt.shape[1]
+  cached, plain = generate(decoder, config, decoder.embed(prompt), steps)
+  assert cached == plain == answer[prompt.shape[1]:].tolist()
+
+
+def generate(decoder, config, embeddings, steps):
+  """Greedy ids of a prompt's embeddings [1, S, D]: with the cache, and by running the whole row anew for each."""
+  length = embeddings.shape[1]
+  extend = jax.jit(lambda d, e, p, c: d.extend(e, p, c))
+  whole = jax.jit(lambda d, e, p, s: d(e, p, s))
+  cache = KVCache.empty(config, 1, length + steps, jnp.float32)
+  hidden, cache = extend(decoder, embeddings, jnp.arange(length)[None], cache)
+  cached = [int(decoder.logits(hidden[:, -1]).argmax())]
+  for step in range(1, steps):
+    hidden, cache = extend(decoder, decoder.embed(jnp.array([cached[-1:]])), jnp.array([[length + step - 1]]), cache)
+    cached.append(int(decoder.logits(hidden[:, -1]).argmax()))
+  plain, row = [], jnp.pad(embeddings, ((0, 0), (0, steps), (0, 0)))
+  places = jnp.arange(length + steps)[None]
+  for place in range(length, length + steps):
+    hidden = whole(decoder, row, places, (places < place).astype(jnp.int32))
+    plain.append(int(decoder.logits(hidden[:, place - 1]).argmax()))
+    row = row.at[:, place].set(decoder.embed(jnp.array(plain[-1])))
+  return cached, plain
+
+
+def test_lora(case):
+  name, base, config, decoder = case
+  golden = released.read(f"lora_{name}")
+  adapter = LoraConfig(rank=int(golden["r"]), alpha=float(golden["alpha"]), dropout=0.0)
+  graphdef, weights, shapes = adapted(decoder, adapter)
+  table, file = peft.table(adapter), released.weights(released.group(golden, "w."))
+  loaded = mapping.load(file, table, {"decoder/" + path: shape for path, shape in shapes.items()})
+  adapters = {path: loaded["decoder/" + path] for path in shapes}
+  fresh = lambda adapters: parameters.unflatten(graphdef, weights | adapters)
+  (loss, logits), gradient = jax.jit(jax.value_and_grad(lambda a: run(fresh(a), base), has_aux=True))(adapters)
+  real = base["attention_mask"].astype(bool)
+  released.check_close(f"lora_{name} logits", np.asarray(logits)[real], golden["logits"][real], relative=1e-5)
+  released.check_close(f"lora_{name} loss", np.asarray(loss), golden["loss"], relative=1e-5)
+  found = mapping.export({"decoder/" + path: np.asarray(g) for path, g in gradient.items()}, table)
+  expected = released.group(golden, "g.")
+  assert sorted(found) == sorted(expected)
+  for key, value in found.items():
+    released.check_close(f"lora_{name} {key}", value, expected[key], relative=1e-4)
+
+  merged = lora.merge(fresh(adapters))
+  assert not any("/lora/" in path for path in parameters.flatten(merged)[1])
+  _, logits = jax.jit(lambda d: run(d, base))(merged)
+  released.check_close(f"lora_{name} merged", np.asarray(logits)[real], golden["merged_logits"][real], relative=1e-5)
+  kernels = released.to_foreign(merged, "decoder/", llama.table(config))
+  for key, expected in released.group(golden, "merged.").items():
+    released.check_close(f"lora_{name} merged {key}", kernels[key], expected, relative=1e-6)
+
+
+def test_lora_dropout_keeps_the_mean_and_is_off_without_a_key():
+  config = LoraConfig(rank=4, alpha=8.0, dropout=0.25)
+  adapter = lora.Lora(16, 8, config, rngs=nnx.Rngs(0))
+  adapter.b = nnx.Param(jax.random.normal(jax.random.key(1), (4, 8)))
+  x = jax.random.normal(jax.random.key(2), (3, 16))
+  plain = x @ adapter.a[...] @ adapter.b[...] * 2.0
+  np.testing.assert_allclose(adapter(x, None), plain, rtol=1e-6)
+  draws = jax.vmap(lambda key: adapter(x, key))(jax.random.split(jax.random.key(3), 4000))
+  assert np.abs(draws[0] - plain).max() > 0.01
+  error = draws.std(0) / np.sqrt(4000)
+  assert (np.abs(draws.mean(0) - plain) < 5 * error).all()
+
+
+def test_no_token_sees_another_segment(case):
+  """Changing one sample of a packed row leaves the other's hidden states equal to the last bit."""
+  _, _, config, decoder = case
+  segments = jnp.array([[1] * 7 + [2] * 9 + [0] * 4])
+  positions = jnp.array([[*range(7), *range(9), *range(4)]])
+  embeddings = jax.random.normal(jax.random.key(0), (1, 20, config.width))
+  forward = jax.jit(lambda d, e: d(e, positions, segments))
+  before = forward(decoder, embeddings)
+  for part, others in ((slice(0, 7), slice(7, 20)), (slice(7, 16), [*range(7), *range(16, 20)])):
+    after = forward(decoder, embeddings.at[:, part].multiply(-3.0))
+    assert (before[:, others] == after[:, others]).all()
+    assert (jnp.abs(before[:, part] - after[:, part]).max(-1) > 1e-3).all()
+  alone = jax.jit(lambda d, e: d(e, positions[:, 7:16], segments[:, 7:16]))(decoder, embeddings[:, 7:16])
+  np.testing.assert_allclose(alone, before[:, 7:16], rtol=0, atol=2e-6)
+
+
+def test_remat_policies_give_the_same_gradients(case):
+  name, golden, config, decoder = case
+  ids, key = golden["input_ids"].astype(np.int32), jax.random.key(0)
+  places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+  gradients = {}
+  for remat in ("none", "named", "full"):
+    # Dropout, since what is recomputed must drop the same places again.
+    graphdef, weights, shapes = adapted(decoder, LoraConfig(rank=2, alpha=4.0, dropout=0.5), remat)
+    adapters = {path: np.full(shape.shape, 0.05, np.float32) for path, shape in shapes.items()}
+
+    def total(adapters):
+      model = parameters.unflatten(graphdef, weights | adapters)
+      return jnp.square(model(model.embed(ids), places, golden["attention_mask"], key)).sum()
+
+    gradients[remat] = jax.jit(jax.grad(total))(adapters)
+  for remat in ("named", "full"):
+    for path, expected in gradients["none"].items():
+      released.check_close(f"{name} remat {remat} {path}", gradients[remat][path], np.asarray(expected), relative=2e-6)
