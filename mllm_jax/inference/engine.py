@@ -47,8 +47,8 @@ class Engine:
     batch = self._checked(batch, max_new_tokens)
     if self.mesh is not None:
       batch = _split_rows(batch, self.mesh)
-    ids = _generate(self.model, batch, jax.random.key(seed), max_new_tokens=max_new_tokens, sampling=sampling,
-                    eos_id=self.eos_id, mesh=self.mesh)
+    ids = _generate(self.model, batch, jax.random.key(seed), np.int32(self.eos_id), max_new_tokens=max_new_tokens,
+                    sampling=sampling, mesh=self.mesh)
     return [_until(row, self.eos_id) for row in np.asarray(ids).tolist()]
 
   def stream(self, batch: Batch, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0) -> Iterator[int]:
@@ -128,8 +128,8 @@ _start = functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling
 _advance = functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("state",))(_next)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "eos_id", "mesh"))
-def _generate(model, batch, key, *, max_new_tokens, sampling, eos_id, mesh) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "mesh"))
+def _generate(model, batch, key, eos_id, *, max_new_tokens, sampling, mesh) -> jax.Array:
   """int32 [B, max_new_tokens]; what follows an end-of-sequence token is end-of-sequence tokens."""
   state = _first(model, batch, key, max_new_tokens, sampling, mesh)
   ids = jnp.full((batch.tokens.shape[0], max_new_tokens), eos_id, jnp.int32).at[:, 0].set(state.tokens)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -53,7 +54,7 @@ def released(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny():
   """A random model whose greedy answers vary: the decoder's weights are larger than a fresh model's."""
-  model = Mllm(TINY, rngs=nnx.Rngs(3))
+  model = jax.jit(lambda: Mllm(TINY, rngs=nnx.Rngs(3)))()
   model.decoder.head[...] = model.decoder.head[...] * 20
   model.decoder.embedding[...] = model.decoder.embedding[...] * 20
   return model

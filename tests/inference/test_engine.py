@@ -27,8 +27,7 @@ def prompts():
   """Prompts of different lengths, with and without a picture."""
   draw = np.random.default_rng(0)
   text = lambda count: draw.integers(3, 320, count).tolist()
-  return [prompt([1, *text(5), -200, *text(4)], noise(1)), prompt([1, *text(12)]), prompt([1, -200, *text(15)], noise(2)),
-          prompt([1, 7])]
+  return [prompt([1, *text(5), -200, *text(4)], noise(1)), prompt([1, *text(27)]), prompt([1, 7])]
 
 
 def test_greedy_answer_is_the_released_one(released):
@@ -43,16 +42,15 @@ def test_greedy_answer_is_the_released_one(released):
 
 
 
-
 def test_greedy_equals_a_loop_without_cache(tiny, prompts):
-  batch, answer = prompts[0], Engine(tiny, NO_EOS).generate(prompts[0], 6)[0]
+  batch, answer = prompts[0], Engine(tiny, NO_EOS).generate(prompts[0], 8)[0]
   length = batch.tokens.shape[1]
-  tokens = np.pad(batch.tokens, ((0, 0), (0, 6)))
-  index = np.pad(batch.visual_index, ((0, 0), (0, 6)), constant_values=-1)
-  positions = np.arange(length + 6, dtype=np.int32)[None]
+  tokens = np.pad(batch.tokens, ((0, 0), (0, 8)))
+  index = np.pad(batch.visual_index, ((0, 0), (0, 8)), constant_values=-1)
+  positions = np.arange(length + 8, dtype=np.int32)[None]
   forward = jax.jit(lambda model, tokens: model.decoder.logits(model.decoder(
     model.embed(tokens, index, model.visual_tokens(batch.pixels)), positions, jnp.ones_like(positions))))
-  for step in range(6):
+  for step in range(8):
     tokens[0, length + step] = np.argmax(forward(tiny, tokens)[0, length + step - 1])
   assert answer == tokens[0, length:].tolist()
   assert len(set(answer)) > 2  # not one token over and over
@@ -61,14 +59,14 @@ def test_greedy_equals_a_loop_without_cache(tiny, prompts):
 @pytest.mark.parametrize("sampling", [Sampling(), WARM])
 def test_stream_equals_generate(tiny, prompts, sampling):
   engine = Engine(tiny, NO_EOS)
-  assert [list(engine.stream(prompts[0], 9, sampling, seed=4))] == engine.generate(prompts[0], 9, sampling, seed=4)
+  assert [list(engine.stream(prompts[0], 8, sampling, seed=4))] == engine.generate(prompts[0], 8, sampling, seed=4)
 
 
 def test_rows_depend_neither_on_padding_nor_on_each_other(tiny, prompts):
   engine = Engine(tiny, NO_EOS)
   alone = [engine.generate(batch, 8)[0] for batch in prompts]
   assert engine.generate(stack(prompts, 40), 8) == alone
-  assert engine.generate(stack(prompts[::-1], 64), 8) == alone[::-1]
+  assert engine.generate(stack(prompts[::-1], 40), 8) == alone[::-1]
   assert len({tuple(answer) for answer in alone}) == len(alone)
 
 
@@ -99,25 +97,25 @@ def test_loop_stops_when_all_rows_have_ended(tiny, prompts, monkeypatch):
     return whole(*args)
 
   monkeypatch.setattr(engine_lib, "decode", counted)
-  first = Engine(tiny, NO_EOS).generate(prompts[3], 1)[0][0]
-  assert Engine(tiny, first).generate(prompts[3], 33) == [[]]
+  first = next(Engine(tiny, NO_EOS).stream(prompts[2], 8))
+  assert Engine(tiny, first).generate(prompts[2], 34) == [[]]
   jax.effects_barrier()
   assert not steps
-  Engine(tiny, NO_EOS).generate(prompts[3], 34)
+  Engine(tiny, NO_EOS).generate(prompts[2], 34)
   jax.effects_barrier()
   assert len(steps) == 33
 
 
 def test_compiles_once_for_a_shape(tiny, prompts):
   engine = Engine(tiny, NO_EOS)
-  engine.generate(stack(prompts[:2], 41), 5)
+  engine.generate(stack(prompts, 40), 8)
   before = engine_lib._generate._cache_size()
-  engine.generate(stack(prompts[2:], 41), 5)
+  engine.generate(stack(prompts[::-1], 40), 8, seed=1)
   assert engine_lib._generate._cache_size() == before
 
 
 def test_weights_are_arguments_not_constants(tiny, prompts):
-  text = engine_lib._generate.lower(tiny, prompts[3], jax.random.key(0), max_new_tokens=2, sampling=Sampling(), eos_id=2,
+  text = engine_lib._generate.lower(tiny, prompts[2], jax.random.key(0), np.int32(2), max_new_tokens=8, sampling=Sampling(),
                                     mesh=None).as_text()
   assert len(text) < 400_000  # the weights alone would be millions of characters
 
@@ -162,7 +160,8 @@ else:
 
 
 def test_same_answers_on_eight_devices():
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # a third of the time to compile
   code = ON_A_MESH.format(folder=os.path.dirname(__file__))
   done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
