@@ -9,6 +9,8 @@ Only the standard library is imported here: every other room may read the config
 """
 
 import dataclasses
+import typing
+from typing import Any
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -123,10 +125,15 @@ class ModelConfig:
 
 @recipe
 class ModelRecipe:
-  """Where the weights come from (Hugging Face folders), and what stands between the towers."""
+  """Where the weights come from (Hugging Face folders), and what stands between the towers.
+
+  projector_weights: a released projector (mm_projector.bin, model.bin, non_lora_trainables.bin or .safetensors) to start from
+  instead of a random one.
+  """
 
   vision: str = "weights/clip-vit-large-patch14-336"
   llm: str = "weights/vicuna-7b-v1.5"
+  projector_weights: str = ""
   projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
   dtype: str = "bfloat16"
   frozen_dtype: str = "bfloat16"
@@ -207,3 +214,27 @@ class Config:
   max_nonfinite: int = 5  # steps in a row with a loss or gradient that is not finite, after which the run saves and stops
   loader_threads: int = 4
   wandb_project: str = ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A configuration as nested dictionaries that JSON can hold; `from_dict` is the inverse."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, content: dict[str, Any], where: str = "config") -> Any:
+  """A configuration of class `cls` from what `to_dict` gave, or what JSON made of it.
+
+  Raises ConfigError for a key that the class does not have, so that a file of another version is not half understood.
+  """
+  hints = typing.get_type_hints(cls)
+  unknown = sorted(set(content) - set(hints))
+  if unknown:
+    raise ConfigError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
+  values = {name: from_dict(hints[name], value, f"{where}.{name}") if dataclasses.is_dataclass(hints[name]) else _frozen(value)
+            for name, value in content.items()}
+  return cls(**values)
+
+
+def _frozen(value: Any) -> Any:
+  """JSON knows lists only; the fields are tuples."""
+  return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,107 @@
+"""Checkpoints of a stage: the trainable half, its moments and the step, written in the background and never half.
+
+A checkpoint does not hold the frozen towers. Its `meta` says which folders they came from and their fingerprints.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mllm_jax.training.step import TrainState
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint that cannot be written, or does not fit the run; the message names the folder and the remedy."""
+
+
+class Checkpoints:
+  """The checkpoints in one folder, named by their step; the newest `keep` stay."""
+
+  def __init__(self, folder: Path, keep: int = 2):
+    self.folder = Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=max(1, keep), enable_async_checkpointing=True)
+    self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+
+  def latest(self) -> int | None:
+    """The step of the newest finished checkpoint."""
+    return self.manager.latest_step()
+
+  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    """Starts to write the state. Returns once it is copied off the device; `wait` returns once it is on the disk.
+
+    Raises CheckpointError where the disk is too full, or a write that was started before has failed. What was saved before
+    is still there then.
+    """
+    step = int(state.step)
+    if step in self.manager.all_steps():
+      return
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    free = shutil.disk_usage(self.folder).free
+    if free < 1.1 * size:
+      raise CheckpointError(f"{self.folder}: a checkpoint needs {size / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+                            "make room and start the same command again, it continues from the last checkpoint")
+    with self._explained():
+      self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta)))
+
+  def wait(self) -> None:
+    """Returns when everything is on the disk. Raises CheckpointError where that failed."""
+    with self._explained():
+      self.manager.wait_until_finished()
+      self.manager.check_for_errors()
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """What `save` was given beside the state."""
+    with self._explained():
+      return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """The state of a step, laid out as `like`, whose leaves are arrays or ShapeDtypeStructs with shardings."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    target = jax.tree.map(shape, _tree(like))
+    with self._explained():
+      tree = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+    leaves = jax.tree.leaves(TrainState(**tree))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+  def restore_trainable(self, step: int, like: dict[str, Any]) -> dict[str, jax.Array]:
+    """Only the trainable arrays of a step; `like` has a ShapeDtypeStruct with its sharding for each."""
+    args = ocp.args.PyTreeRestore(
+        item={"trainable": like}, partial_restore=True,
+        restore_args={"trainable": {path: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+                                    for path, x in like.items()}})
+    with self._explained():
+      return ocp.PyTreeCheckpointer().restore(self.folder / str(step) / "state", args=args)["trainable"]
+
+  def close(self) -> None:
+    self.manager.close()
+
+  def _explained(self) -> "_Explained":
+    return _Explained(self.folder)
+
+
+class _Explained:
+  """Turns what orbax and tensorstore raise into a CheckpointError that says what to do."""
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+
+  def __enter__(self) -> None:
+    return None
+
+  def __exit__(self, kind, error, traceback) -> bool:
+    if error is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
+      return False
+    text = " ".join(str(error).split())
+    if "No space left" in text or "RESOURCE_EXHAUSTED" in text or "Disk quota" in text:
+      raise CheckpointError(f"{self.folder}: the disk is full; what was saved before is still there. Make room and start the "
+                            "same command again") from error
+    raise CheckpointError(f"{self.folder}: {type(error).__name__}: {text[:600]}. If the checkpoint is of another model or "
+                          "version, use another --workdir") from error
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+  return {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer, "skipped": state.skipped,
+          "skipped_in_row": state.skipped_in_row}
