@@ -1,7 +1,7 @@
 """Files of weights: safetensors and PyTorch's .bin, whole or in shards, read slice by slice.
 
-`open_weights` reads only the headers. Both formats are mapped into memory, so that a device's slice of a tensor is all that
-is read for that device.
+`open_weights` reads only the headers. Both formats are mapped into memory, so that a device's slice of a tensor is all
+that is read for that device.
 """
 
 from pathlib import Path
@@ -17,11 +17,19 @@ from mllm_jax.weights.known import WeightsError, missing, read_json
 __all__ = ["Weights", "WeightsError", "open_weights"]
 
 SAFETENSORS_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
-    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
 }
-# By preference: safetensors first, as transformers does. PEFT's adapters lie in a folder of their own or beside a config.
-SINGLE_FILES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+# By preference: safetensors first, as transformers does. The last is what LLaVA-SP's first stage writes.
+SINGLE_FILES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin", "model.bin")
 SUFFIXES = (".safetensors", ".bin")
 Index = tuple[slice, ...]
 
@@ -61,8 +69,10 @@ class SafetensorsFile:
   def dtype(self, name: str) -> np.dtype:
     stored = self.handle.get_slice(name).get_dtype()
     if stored not in SAFETENSORS_DTYPES:
-      raise WeightsError(f"{self.path}: tensor {name} is stored as {stored}, which is not read here; use a checkpoint in "
-                         "float16, bfloat16 or float32")
+      raise WeightsError(
+        f"{self.path}: tensor {name} is stored as {stored}, which is not read here; use a checkpoint in "
+        "float16, bfloat16 or float32"
+      )
     return np.dtype(SAFETENSORS_DTYPES[stored])
 
   def read(self, name: str, index: Index) -> np.ndarray:
@@ -115,8 +125,8 @@ class Weights:
   def read(self, name: str, index: Index = ()) -> np.ndarray:
     """The part of a tensor that `index`, one slice of step 1 an axis, selects; all of it for ().
 
-    The array may be a read-only view of the file. Raises WeightsError for a name that is not there, ValueError for an index
-    that does not fit.
+    The array may be a read-only view of the file. Raises WeightsError for a name that is not there, ValueError for an
+    index that does not fit.
     """
     holder = self._holder(name)
     if index and (len(index) != len(holder.shape(name)) or any(s.step not in (None, 1) for s in index)):
@@ -132,10 +142,10 @@ class Weights:
 def open_weights(path: str | Path) -> Weights:
   """Opens a checkpoint: a .safetensors or .bin file, an index of shards (.index.json), or a folder with one of them.
 
-  In a folder these are looked for: model.safetensors, adapter_model.safetensors, pytorch_model.bin or adapter_model.bin, each
-  whole or as shards with their index; safetensors is taken before .bin. Otherwise the folder must hold exactly one file of
-  weights. Raises WeightsError where nothing or more than one thing is found, for damaged files, for shards that are missing
-  or lie outside the folder, and for names that stand twice.
+  In a folder these are looked for: model.safetensors, adapter_model.safetensors, pytorch_model.bin or
+  adapter_model.bin, each whole or as shards with their index; safetensors is taken before .bin. Otherwise the folder
+  must hold exactly one file of weights. Raises WeightsError where nothing or more than one thing is found, for damaged
+  files, for shards that are missing or lie outside the folder, and for names that stand twice.
   """
   path = Path(path)
   if path.is_dir():
@@ -160,7 +170,9 @@ def find(folder: Path) -> Path:
   for name in SINGLE_FILES:
     whole, index = folder / name, folder / (name + ".index.json")
     if whole.exists() and index.exists():
-      raise WeightsError(f"{folder} holds both {whole.name} and {index.name}, and they may differ; remove or rename one")
+      raise WeightsError(
+        f"{folder} holds both {whole.name} and {index.name}, and they may differ; remove or rename one"
+      )
     if whole.exists() or index.exists():
       return whole if whole.exists() else index
   others = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
@@ -168,8 +180,10 @@ def find(folder: Path) -> Path:
     return others[0]
   sought = ", ".join(SINGLE_FILES)
   if others:
-    raise WeightsError(f"{folder} holds {', '.join(file.name for file in others)} and no index that says which belong "
-                       f"together; looked for {sought} or one with .index.json; name the file, or download the index")
+    raise WeightsError(
+      f"{folder} holds {', '.join(file.name for file in others)} and no index that says which belong "
+      f"together; looked for {sought} or one with .index.json; name the file, or download the index"
+    )
   raise missing(folder / SINGLE_FILES[0], f"{sought}, whole or in shards with an .index.json")
 
 
@@ -183,16 +197,22 @@ def open_shards(index: Path) -> Weights:
     raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}; do not use this checkpoint")
   absent = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
   if absent:
-    raise missing(index.parent / absent[0], f"the shards that {index.name} names; {len(absent)} are absent: {', '.join(absent)}")
+    raise missing(
+      index.parent / absent[0], f"the shards that {index.name} names; {len(absent)} are absent: {', '.join(absent)}"
+    )
   shards = {file: open_file(index.parent / file) for file in sorted(set(weight_map.values()))}
   seen: dict[str, str] = {}
   for file, shard in shards.items():
     for name in shard.names():
       if name in seen:
-        raise WeightsError(f"{index.parent}: tensor {name} stands in both {seen[name]} and {file}; download the shards again")
+        raise WeightsError(
+          f"{index.parent}: tensor {name} stands in both {seen[name]} and {file}; download the shards again"
+        )
       seen[name] = file
   wrong = [name for name, file in weight_map.items() if seen.get(name) != file]
   if wrong:
-    raise WeightsError(f"{index.parent / weight_map[wrong[0]]} lacks {len(wrong)} tensors that {index.name} expects of it or its "
-                       f"like, first {wrong[0]}; index and shards are of different checkpoints, download both again")
+    raise WeightsError(
+      f"{index.parent / weight_map[wrong[0]]} lacks {len(wrong)} tensors that {index.name} expects of it or its "
+      f"like, first {wrong[0]}; index and shards are of different checkpoints, download both again"
+    )
   return Weights(index, {name: shards[file] for name, file in weight_map.items()})

@@ -25,10 +25,11 @@ class Known:
 
 
 PUBLISHED = {
-    "clip-vit-large-patch14-336": Known("openai/clip-vit-large-patch14-336", VisionConfig()),
-    "vicuna-7b-v1.5": Known("lmsys/vicuna-7b-v1.5", DecoderConfig()),
-    "vicuna-13b-v1.5": Known("lmsys/vicuna-13b-v1.5",
-                             DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824)),
+  "clip-vit-large-patch14-336": Known("openai/clip-vit-large-patch14-336", VisionConfig()),
+  "vicuna-7b-v1.5": Known("lmsys/vicuna-7b-v1.5", DecoderConfig()),
+  "vicuna-13b-v1.5": Known(
+    "lmsys/vicuna-13b-v1.5", DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824)
+  ),
 }
 
 
@@ -42,8 +43,11 @@ def missing(path: str | Path, sought: str) -> WeightsError:
   path = Path(path)
   folder = path if lookup(path) else path.parent
   known = lookup(folder)
-  remedy = (f"get it with `{known.command(folder)}`" if known else
-            "check the path, or download the checkpoint with `hf download REPOSITORY --local-dir FOLDER`")
+  remedy = (
+    f"get it with `{known.command(folder)}`"
+    if known
+    else "check the path, or download the checkpoint with `hf download REPOSITORY --local-dir FOLDER`"
+  )
   return WeightsError(f"{path} does not exist: looked for {sought}; {remedy}")
 
 

@@ -1,10 +1,11 @@
 """From foreign names to our paths and back: tables, and what reads and writes by them.
 
-A table has one row for each kind of tensor: its foreign name, our path, and the transform between the two. Paths are those of
-the model's state joined by "/", such as `vision/layers/q_proj/kernel`. Our layers are stacked: the foreign tensors of layer 0,
-1, ... fill the places 0, 1, ... of the first axis of one array.
+A table has one row for each kind of tensor: its foreign name, our path, and the transform between the two. Paths are
+those of the model's state joined by "/", such as `vision/layers/q_proj/kernel`. Our layers are stacked: the foreign
+tensors of layer 0, 1, ... fill the places 0, 1, ... of the first axis of one array.
 
-All that does not fit is collected and reported at once, since a checkpoint of the wrong variant seldom has one fault only.
+All that does not fit is collected and reported at once, since a checkpoint of the wrong variant seldom has one fault
+only.
 """
 
 import dataclasses
@@ -50,8 +51,9 @@ class Permute:
 
 @dataclasses.dataclass(frozen=True)
 class PatchKernel:
-  """The convolution (C, 3, p, p) that embeds patches, as the matrix [p * p * 3, C] that takes a patch's rows of pixels with
-  their colours innermost."""
+  """The convolution (C, 3, p, p) that embeds patches, as the matrix [p * p * 3, C] that takes a patch's rows of pixels
+  with their colours innermost.
+  """
 
   def shape(self, foreign: tuple[int, ...]) -> tuple[int, ...] | None:
     return (math.prod(foreign[1:]), foreign[0]) if len(foreign) == 4 else None
@@ -74,8 +76,9 @@ PATCHES = PatchKernel()
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One kind of tensor. `foreign` is its literal name, with {layer} where the layer's number stands; `hint` is said where the
-  shapes differ: what usually causes it."""
+  """One kind of tensor. `foreign` is its literal name, with {layer} where the layer's number stands; `hint` is said
+  where the shapes differ: what usually causes it.
+  """
 
   foreign: str
   ours: str
@@ -96,7 +99,8 @@ class Row:
 class Table:
   """How the weights of one family are named.
 
-  renames: (regular expression, replacement), applied to each foreign name in turn before the rows: prefixes that some files have.
+  renames: (regular expression, replacement), applied to each foreign name in turn before the rows: prefixes that some
+  files have.
   ignored: (regular expression of a whole renamed name, why it is of no use here).
   hints: (regular expression of a whole renamed name, what an unexpected tensor of that name, or a missing one, tells).
   prefix: what `export` puts before every name.
@@ -125,11 +129,11 @@ class Source:
 def load(weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
   """The arrays `targets` describes, by path, read from a checkpoint.
 
-  Every array is made directly with its target's sharding (None: the first device) and type: for each device the slice it holds
-  is read, layer by layer, so the host never holds more than one array's slices. Ignored tensors are not read.
+  Every array is made directly with its target's sharding (None: the first device) and type: for each device the slice
+  it holds is read, layer by layer, so the host never holds more than one array's slices. Ignored tensors are not read.
 
-  Raises WeightsError that lists every target without a tensor, every tensor without a target, and every tensor whose shape or
-  type does not fit.
+  Raises WeightsError that lists every target without a tensor, every tensor without a target, and every tensor whose
+  shape or type does not fit.
   """
   sources, problems = match(weights, table, targets)
   problems += [problem for path, source in sources.items() for problem in misfits(weights, path, source, targets[path])]
@@ -138,7 +142,9 @@ def load(weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStr
   return {path: make(weights, sources[path], target) for path, target in targets.items()}
 
 
-def match(weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, Source], list[str]]:
+def match(
+  weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, Source], list[str]]:
   """The source of every target path that has one, and what is missing, unexpected or there twice, as sentences."""
   sources: dict[str, Source] = {}
   problems = []
@@ -148,27 +154,31 @@ def match(weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeSt
       continue
     row, layer = next(((row, layer) for row in table.rows if (layer := row.match(renamed)) is not None), (None, 0))
     if row is None or row.ours not in targets or (row.stacked and layer >= targets[row.ours].shape[0]):
-      shape = weights.shape(name)
-      problems.append(f"unexpected: {name} {shape}" + hint(table, renamed))
+      problems.append(f"unexpected: {name} {weights.shape(name)}" + hint(table, renamed))
       continue
     names = sources.setdefault(row.ours, Source(row, {})).names
     if layer in names:
       problems.append(f"twice: {names[layer]} and {name} both stand for {row.ours}")
     names[layer] = name
-  by_path = {row.ours: row for row in table.rows}
-  for path, target in targets.items():
-    if path not in by_path:
-      problems.append(f"missing: {path}, for which the table of this checkpoint's family has no name")
-      continue
-    row = by_path[path]
-    needed = range(target.shape[0]) if row.stacked else range(1)
-    absent = [layer for layer in needed if path not in sources or layer not in sources[path].names]
-    if absent:
-      names = table.prefix + row.foreign.replace(LAYER, str(absent[0]))
-      layers = f" and {len(absent) - 1} other layers of it" if len(absent) > 1 else ""
-      problems.append(f"missing: {names}{layers}, for {path} {target.shape}" + hint(table, row.foreign))
-      sources.pop(path, None)
+  lacking = [(path, problem) for path, target in targets.items() if (problem := absence(table, path, target, sources))]
+  for path, problem in lacking:
+    sources.pop(path, None)
+    problems.append(problem)
   return sources, problems
+
+
+def absence(table: Table, path: str, target: jax.ShapeDtypeStruct, sources: Mapping[str, Source]) -> str:
+  """What a target lacks, as a sentence; "" where it has all of its tensors."""
+  row = next((row for row in table.rows if row.ours == path), None)
+  if row is None:
+    return f"missing: {path}, for which the table of this checkpoint's family has no name"
+  found = sources[path].names if path in sources else {}
+  absent = [layer for layer in range(target.shape[0] if row.stacked else 1) if layer not in found]
+  if not absent:
+    return ""
+  name = table.prefix + row.foreign.replace(LAYER, str(absent[0]))
+  layers = f" and {len(absent) - 1} other layers of it" if len(absent) > 1 else ""
+  return f"missing: {name}{layers}, for {path} {target.shape}" + hint(table, row.foreign)
 
 
 def hint(table: Table, name: str) -> str:
@@ -182,19 +192,23 @@ def misfits(weights: Weights, path: str, source: Source, target: jax.ShapeDtypeS
   for name in source.names.values():
     stored = weights.shape(name)
     if row.transform.shape(stored) != wanted:
-      turned = len(stored) == len(wanted) and sorted(stored) == sorted(wanted) and row.transform.shape(stored) is not None
-      cause = "the same lengths in another order: it was saved transposed" if turned and stored != wanted else row.hint
-      return [f"shape: {name} is {stored} in the file, and {path} needs {wanted} of it after {describe(row.transform)}; {cause}"]
+      turned = sorted(stored) == sorted(wanted)
+      cause = "the same lengths in another order: it was saved transposed" if turned else row.hint
+      needed = f"{path} needs {wanted} of it{describe(row.transform)}"
+      return [f"shape: {name} is {stored} in the file, and {needed}; {cause}"]
     if not jnp.issubdtype(weights.dtype(name), jnp.floating):
-      return [f"type: {name} holds {weights.dtype(name)}; quantised checkpoints are not read, use the float16, bfloat16 or "
-              "float32 one"]
+      return [
+        f"type: {name} holds {weights.dtype(name)}; quantised checkpoints are not read, use the float16, bfloat16 or "
+        "float32 one"
+      ]
   return []
 
 
 def describe(transform: Transform) -> str:
+  """What a transform does, as the end of a sentence."""
   if isinstance(transform, PatchKernel):
-    return "flattening its patches"
-  return f"transposing by {transform.axes}" if transform.axes else "no change"
+    return " after flattening its patches"
+  return f" after transposing by {transform.axes}" if transform.axes else ""
 
 
 def report(weights: Weights, problems: list[str]) -> str:
@@ -245,8 +259,10 @@ def export(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarr
   rows = {row.ours: row for row in table.rows}
   nameless, absent = sorted(set(arrays) - set(rows)), sorted(set(rows) - set(arrays))
   if nameless or absent:
-    raise WeightsError(f"cannot export: no name for {nameless}, no array for {absent}; the table and the model must be of the "
-                       "same configuration")
+    raise WeightsError(
+      f"cannot export: no name for {nameless}, no array for {absent}; the table and the model must be of the "
+      "same configuration"
+    )
   tensors = {}
   for path, row in rows.items():
     stack = np.asarray(arrays[path])

@@ -6,12 +6,15 @@ from mllm_jax.weights.mapping import Row, Table, linear
 RENAMES = ((r"^(base_model\.)?(model\.)*", ""),)
 PREFIX = "model."
 IGNORED = (
-    (r"(layers\..*|embed_tokens\.weight|norm\.weight|lm_head\.weight)", "the language model, which has a table of its own"),
-    (r"vision_tower\..*", "the vision tower, which has a table of its own"),
+  (
+    r"(layers\..*|embed_tokens\.weight|norm\.weight|lm_head\.weight)",
+    "the language model, which has a table of its own",
+  ),
+  (r"vision_tower\..*", "the vision tower, which has a table of its own"),
 )
 HINTS = (
-    (r"conv_.*|(query|key|value)_projector\..*", "the projector of LLaVA-SP: set projector.kind=spatial"),
-    (r"image_newline", "the checkpoint was trained with tiled images, which are not read here"),
+  (r"conv_.*|(query|key|value)_projector\..*", "the projector of LLaVA-SP: set projector.kind=spatial"),
+  (r"image_newline", "the checkpoint was trained with tiled images, which are not read here"),
 )
 
 

@@ -1,5 +1,6 @@
 """The released system's numbers, as arrays; tests/goldens/sp/README.md says what the files hold."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,8 @@ from mllm_jax import parameters
 from mllm_jax.weights import mapping
 from mllm_jax.weights.io import Weights
 
+# The goldens are small: most of a test's time would go into optimising code that runs once.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FOLDER = Path(__file__).parents[1] / "goldens" / "sp"
 
 
@@ -30,12 +33,13 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 def group(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
   """The arrays whose names start with `prefix`, under the rest of their names."""
-  return {name[len(prefix):]: array for name, array in arrays.items() if name.startswith(prefix)}
+  return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 class Normals:
-  """Standard normal float64 numbers as torch's CPU generator draws them from a seed (Mersenne twister, Box-Muller), so that
-  megabytes of weights need not be kept."""
+  """Standard normal float64 numbers as torch's CPU generator draws them from a seed (Mersenne twister, Box-Muller), so
+  that megabytes of weights need not be kept.
+  """
 
   def __init__(self, seed: int):
     self.state = np.random.RandomState(seed)
@@ -46,8 +50,9 @@ class Normals:
     return bits.astype(np.float64) * 2.0**-53
 
   def draw(self, count: int) -> np.ndarray:
-    """The next `count` numbers. torch pairs uniform number i with i + 8 in blocks of 16, draws the last block anew where the
-    count is no multiple of 16, and goes pair by pair below 16."""
+    """The next `count` numbers. torch pairs uniform number i with i + 8 in blocks of 16, draws the last block anew
+    where the count is no multiple of 16, and goes pair by pair below 16.
+    """
     if count < 16:
       assert count % 2 == 0, "an odd count would leave half a pair in torch's generator"
       first, second = self.uniform(count).reshape(-1, 2).T
@@ -108,9 +113,12 @@ def to_foreign(module: nnx.Module, prefix: str, table: mapping.Table) -> dict[st
   return mapping.export({prefix + path: np.asarray(array) for path, array in flat.items()}, table)
 
 
-def check_close(name: str, actual: np.ndarray, expected: np.ndarray, *, relative: float, floor: float = 0.0, size: float = 0.0):
+def check_close(
+  name: str, actual: np.ndarray, expected: np.ndarray, *, relative: float, floor: float = 0.0, size: float = 0.0
+):
   """Asserts max |actual - expected| <= relative * max |expected| (or `size`, where `expected` is a sample of something
-  larger) + floor, and reports the deviation."""
+  larger) + floor, and reports the deviation.
+  """
   difference = np.abs(np.asarray(actual, np.float64) - expected).max()
   bound = relative * max(size, np.abs(expected).max()) + floor
   DEVIATIONS.append((name, float(difference), float(difference / max(size, np.abs(expected).max(), 1e-30))))

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import released
-from flax import nnx
 
 from mllm_jax import parameters
 from mllm_jax.batch import Batch
@@ -82,11 +81,13 @@ def test_embeddings_logits_loss_and_gradients(case):
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
     return (losses * batch.loss_weights).sum() / batch.loss_weights.sum(), (embeddings, logits)
 
-  (value, (embeddings, logits)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+  (value, (embeddings, logits)), gradients = released.jit(jax.value_and_grad(loss, has_aux=True))(trained)
   real = golden["out.attention_mask"]
   assert (real == (batch.segment_ids > 0)).all()
   embeddings, logits = np.asarray(embeddings), np.asarray(logits)[:, golden["logits_positions"]]
-  released.check_close(f"{name} embeddings", embeddings[real], golden["out.inputs_embeds"][real], relative=0, floor=1e-5)
+  released.check_close(
+    f"{name} embeddings", embeddings[real], golden["out.inputs_embeds"][real], relative=0, floor=1e-5
+  )
   real = real[:, golden["logits_positions"]]
   released.check_close(f"{name} logits", logits[real], golden["out.logits_at"][real], relative=1e-5)
   released.check_close(f"{name} loss", np.asarray(value), golden["out.loss"], relative=1e-5)
@@ -110,7 +111,7 @@ def test_greedy_answer(case):
   picture = released.read("img_wide640x360")["clip.resized_uint8"][None]
   length = ids.shape[1] - 1 + projectors.tokens_per_crop(model.config)
   batch = make_batch(ids, np.zeros(ids.shape, bool), picture, projectors.tokens_per_crop(model.config), length)
-  embeddings = jax.jit(lambda m, b: m.embed(b.tokens, b.visual_index, m.visual_tokens(b.pixels)))(model, batch)
+  embeddings = released.jit(lambda m, b: m.embed(b.tokens, b.visual_index, m.visual_tokens(b.pixels)))(model, batch)
   cached, first_logits = with_cache(model.decoder, config, embeddings, steps)
   released.check_close("first logits", first_logits, golden["gen.first_logits"], relative=1e-5)
   assert cached == without_cache(model.decoder, embeddings, steps) == golden["gen.out"][0, 1:].tolist()
@@ -118,7 +119,7 @@ def test_greedy_answer(case):
 
 def with_cache(decoder, config, embeddings, steps):
   length = embeddings.shape[1]
-  extend = jax.jit(lambda d, e, p, c: d.extend(e, p, c))
+  extend = released.jit(lambda d, e, p, c: d.extend(e, p, c))
   cache = KVCache.empty(config, 1, length + steps, jnp.float32)
   hidden, cache = extend(decoder, embeddings, jnp.arange(length)[None], cache)
   first_logits = np.asarray(decoder.logits(hidden[0, -1]))
@@ -132,7 +133,7 @@ def with_cache(decoder, config, embeddings, steps):
 def without_cache(decoder, embeddings, steps):
   length = embeddings.shape[1]
   row, places = jnp.pad(embeddings, ((0, 0), (0, steps), (0, 0))), jnp.arange(length + steps)[None]
-  whole = jax.jit(lambda d, e, filled: d(e, places, (places < filled).astype(jnp.int32)))
+  whole = released.jit(lambda d, e, filled: d(e, places, (places < filled).astype(jnp.int32)))
   ids = []
   for place in range(length, length + steps):
     ids.append(int(decoder.logits(whole(decoder, row, place)[0, place - 1]).argmax()))

@@ -49,7 +49,7 @@ def case(request):
   projector = nnx.eval_shape(lambda: SpatialProjector(config, GRID, meta["C"], meta["H"], rngs=nnx.Rngs(0)))
   projector = released.fill(projector, "projector/", table, released.group(golden, "w."))
 
-  @jax.jit
+  @released.jit
   def run(projector, patch_features):
     patch_map = patch_features.reshape(2, GRID, GRID, -1)
     parts = {"mid.tokens_pre": projector.sfe(patch_map)}
@@ -87,7 +87,9 @@ def test_gradients(case):
       released.check_close(f"{case.name} {name}", gradient, whole[name], relative=1e-4)
     else:
       flat, size = gradient.ravel(), case.golden["max." + name]
-      released.check_close(f"{case.name} {name}", flat[:: flat.size // 2048 | 1], samples[name], relative=1e-4, size=size)
+      released.check_close(
+        f"{case.name} {name}", flat[:: flat.size // 2048 | 1], samples[name], relative=1e-4, size=size
+      )
       assert np.abs(flat).max() == pytest.approx(size, rel=1e-4)
 
 

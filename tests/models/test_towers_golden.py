@@ -10,7 +10,7 @@ import released
 from flax import nnx
 
 from mllm_jax import parameters
-from mllm_jax.config import LoraConfig, VisionConfig
+from mllm_jax.config import DecoderConfig, LoraConfig, VisionConfig
 from mllm_jax.models import lora
 from mllm_jax.models.decoder import Decoder, KVCache
 from mllm_jax.models.vision import VisionTower
@@ -25,7 +25,7 @@ def test_clip_features():
   pixels = released.read("img_wide640x360")
   images = tower.normalise(pixels["clip.resized_uint8"][None])
   np.testing.assert_allclose(images[0], pixels["clip.pixel_values"].transpose(1, 2, 0), rtol=0, atol=1e-6)
-  features = jax.jit(lambda tower, images: tower(images))(tower, images)
+  features = released.jit(lambda tower, images: tower(images))(tower, images)
   released.check_close("clip", np.asarray(features), golden["out.select"], relative=0, floor=1e-5)
 
 
@@ -65,7 +65,7 @@ def run(decoder, golden):
 
 def test_decoder(case):
   name, golden, config, decoder = case
-  (loss, logits), gradient = jax.jit(jax.value_and_grad(lambda d: run(d, golden), has_aux=True))(decoder)
+  (loss, logits), gradient = released.jit(jax.value_and_grad(lambda d: run(d, golden), has_aux=True))(decoder)
   real = golden["attention_mask"].astype(bool)
   released.check_close(f"llama_{name} logits", np.asarray(logits)[real], golden["logits"][real], relative=1e-5)
   released.check_close(f"llama_{name} loss", np.asarray(loss), golden["loss"], relative=1e-5)
@@ -81,14 +81,14 @@ def test_greedy_generation_with_and_without_cache(case):
   prompt, answer = golden["greedy_prompt"], golden["greedy_out"][0]
   steps = len(answer) - prompt.shape[1]
   cached, plain = generate(decoder, config, decoder.embed(prompt), steps)
-  assert cached == plain == answer[prompt.shape[1]:].tolist()
+  assert cached == plain == answer[prompt.shape[1] :].tolist()
 
 
 def generate(decoder, config, embeddings, steps):
   """Greedy ids of a prompt's embeddings [1, S, D]: with the cache, and by running the whole row anew for each."""
   length = embeddings.shape[1]
-  extend = jax.jit(lambda d, e, p, c: d.extend(e, p, c))
-  whole = jax.jit(lambda d, e, p, s: d(e, p, s))
+  extend = released.jit(lambda d, e, p, c: d.extend(e, p, c))
+  whole = released.jit(lambda d, e, p, s: d(e, p, s))
   cache = KVCache.empty(config, 1, length + steps, jnp.float32)
   hidden, cache = extend(decoder, embeddings, jnp.arange(length)[None], cache)
   cached = [int(decoder.logits(hidden[:, -1]).argmax())]
@@ -113,7 +113,7 @@ def test_lora(case):
   loaded = mapping.load(file, table, {"decoder/" + path: shape for path, shape in shapes.items()})
   adapters = {path: loaded["decoder/" + path] for path in shapes}
   fresh = lambda adapters: parameters.unflatten(graphdef, weights | adapters)
-  (loss, logits), gradient = jax.jit(jax.value_and_grad(lambda a: run(fresh(a), base), has_aux=True))(adapters)
+  (loss, logits), gradient = released.jit(jax.value_and_grad(lambda a: run(fresh(a), base), has_aux=True))(adapters)
   real = base["attention_mask"].astype(bool)
   released.check_close(f"lora_{name} logits", np.asarray(logits)[real], golden["logits"][real], relative=1e-5)
   released.check_close(f"lora_{name} loss", np.asarray(loss), golden["loss"], relative=1e-5)
@@ -125,7 +125,7 @@ def test_lora(case):
 
   merged = lora.merge(fresh(adapters))
   assert not any("/lora/" in path for path in parameters.flatten(merged)[1])
-  _, logits = jax.jit(lambda d: run(d, base))(merged)
+  _, logits = released.jit(lambda d: run(d, base))(merged)
   released.check_close(f"lora_{name} merged", np.asarray(logits)[real], golden["merged_logits"][real], relative=1e-5)
   kernels = released.to_foreign(merged, "decoder/", llama.table(config))
   for key, expected in released.group(golden, "merged.").items():
@@ -145,26 +145,32 @@ def test_lora_dropout_keeps_the_mean_and_is_off_without_a_key():
   assert (np.abs(draws.mean(0) - plain) < 5 * error).all()
 
 
-def test_no_token_sees_another_segment(case):
+@pytest.fixture(scope="module")
+def decoder():
+  """A decoder with the golden's weights, where one kind of attention is enough."""
+  golden = released.read("llama_mha")
+  config = DecoderConfig(vocab_size=320, width=64, layers=4, heads=4, kv_heads=4, head_width=16, mlp_width=160)
+  return make(golden, config)
+
+
+def test_no_token_sees_another_segment(decoder):
   """Changing one sample of a packed row leaves the other's hidden states equal to the last bit."""
-  _, _, config, decoder = case
   segments = jnp.array([[1] * 7 + [2] * 9 + [0] * 4])
   positions = jnp.array([[*range(7), *range(9), *range(4)]])
-  embeddings = jax.random.normal(jax.random.key(0), (1, 20, config.width))
-  forward = jax.jit(lambda d, e: d(e, positions, segments))
+  embeddings = jax.random.normal(jax.random.key(0), (1, 20, decoder.config.width))
+  forward = released.jit(lambda d, e: d(e, positions, segments))
   before = forward(decoder, embeddings)
   for part, others in ((slice(0, 7), slice(7, 20)), (slice(7, 16), [*range(7), *range(16, 20)])):
     after = forward(decoder, embeddings.at[:, part].multiply(-3.0))
     assert (before[:, others] == after[:, others]).all()
     assert (jnp.abs(before[:, part] - after[:, part]).max(-1) > 1e-3).all()
-  alone = jax.jit(lambda d, e: d(e, positions[:, 7:16], segments[:, 7:16]))(decoder, embeddings[:, 7:16])
+  alone = released.jit(lambda d, e: d(e, positions[:, 7:16], segments[:, 7:16]))(decoder, embeddings[:, 7:16])
   np.testing.assert_allclose(alone, before[:, 7:16], rtol=0, atol=2e-6)
 
 
-def test_remat_policies_give_the_same_gradients(case):
-  name, golden, config, decoder = case
-  ids, key = golden["input_ids"].astype(np.int32), jax.random.key(0)
-  places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+def test_remat_policies_give_the_same_gradients(decoder):
+  ids, key = jax.random.randint(jax.random.key(1), (2, 12), 0, 320), jax.random.key(0)
+  places, segments = jnp.tile(jnp.arange(12), (2, 1)), jnp.ones((2, 12), jnp.int32)
   gradients = {}
   for remat in ("none", "named", "full"):
     # Dropout, since what is recomputed must drop the same places again.
@@ -173,9 +179,11 @@ def test_remat_policies_give_the_same_gradients(case):
 
     def total(adapters):
       model = parameters.unflatten(graphdef, weights | adapters)
-      return jnp.square(model(model.embed(ids), places, golden["attention_mask"], key)).sum()
+      hidden = model(model.embed(ids), places, segments, key)
+      return (hidden * jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
 
-    gradients[remat] = jax.jit(jax.grad(total))(adapters)
+    gradients[remat] = released.jit(jax.grad(total))(adapters)
   for remat in ("named", "full"):
     for path, expected in gradients["none"].items():
-      released.check_close(f"{name} remat {remat} {path}", gradients[remat][path], np.asarray(expected), relative=2e-6)
+      assert np.abs(expected).max() > 1e-3
+      released.check_close(f"remat {remat} {path}", gradients[remat][path], np.asarray(expected), relative=2e-6)
