@@ -1,7 +1,7 @@
 """Ask a trained model about pictures: python -m mllm_jax.generate --workdir=DIR --image=FILE --prompt="..."
 
-The answer, and nothing else, goes to standard output while it is made; notes and errors go to standard error. Exit status: 0
-after an answer, 2 for anything that the caller can put right, 130 when interrupted.
+The answer, and nothing else, goes to standard output while it is made; notes and errors go to standard error. Exit
+status: 0 after an answer, 2 for anything that the caller can put right, 130 when interrupted.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mllm_jax.weights.known import WeightsError
 EXAMPLES = """examples:
   python -m mllm_jax.generate --workdir=runs/digits --image=scene.png --prompt="How many digits are there?"
   python -m mllm_jax.generate --workdir=runs/sp --image=a.jpg --image=b.jpg --prompt="What differs between the two?"
-  python -m mllm_jax.generate --workdir=runs/sp --image=a.jpg --prompt="Tell a story." --temperature=0.7 --top_p=0.9 --seed=1
+  python -m mllm_jax.generate --workdir=runs/sp --image=a.jpg --prompt="Tell a story." --temperature=0.7 --top_p=0.9
 """
 
 
@@ -33,12 +33,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line, every value of it in its range; `sampling` is made of three of them. Exits with status 2 if not."""
-  parser = Parser(prog="python -m mllm_jax.generate", description="Ask a trained model about pictures.", epilog=EXAMPLES,
-                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-  parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run with a checkpoint in it")
+  """The command line, `sampling` made of three of its values. Exits with status 2 where one is out of range."""
+  parser = Parser(prog="python -m mllm_jax.generate", description="Ask a trained model about pictures.",
+                  epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument("--workdir", required=True, metavar="DIR",
+                      help="folder of a training run with a checkpoint in it")
   parser.add_argument("--image", action="append", default=[], metavar="FILE", dest="images",
-                      help="a picture; give it again for each further one; without any, the question is about text only")
+                      help="a picture; give it again for each further one; without any, only the text is asked")
   parser.add_argument("--prompt", required=True, metavar="TEXT",
                       help="the question; the pictures come before it")
   parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
@@ -47,7 +48,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                       help="draw from the likeliest tokens that together have this probability (default: 1, from all)")
   parser.add_argument("--top_k", type=int, default=0, metavar="K",
                       help="draw from this many of the likeliest tokens (default: 0, from all)")
-  parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer in tokens (default: 128)")
+  parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N",
+                      help="longest answer in tokens (default: 128)")
   parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws another answer (default: 0)")
   args = parser.parse_args(argv)
   if not args.prompt.replace(IMAGE_PLACEHOLDER, "").strip():
@@ -83,12 +85,13 @@ def with_placeholders(prompt: str, count: int) -> str:
   """
   written = prompt.count(IMAGE_PLACEHOLDER)
   if written not in (0, count):
-    raise DataError(f"--prompt says {IMAGE_PLACEHOLDER} {written} times, and --image names {count}; give one for each picture")
+    raise DataError(f"--prompt says {IMAGE_PLACEHOLDER} {written} times, and --image names {count}; "
+                    "give one for each picture")
   return prompt if written else f"{IMAGE_PLACEHOLDER}\n" * count + prompt
 
 
 def answer(args: argparse.Namespace) -> None:
-  """Prints the answer as it is made. Raises DataError, ConfigError or WeightsError for what the caller can put right."""
+  """Prints the answer as it is made. What the caller can put right is a DataError, ConfigError or WeightsError."""
   pictures = [load_picture(path) for path in args.images]
   question = Turn("human", with_placeholders(args.prompt, len(pictures)))
 
@@ -101,8 +104,8 @@ def answer(args: argparse.Namespace) -> None:
   restored = restore(args.workdir)
   processor = restored.processor
   batch = collate([processor.prompt([question], pictures)])
-  note(f"{args.workdir}: model of the stage {restored.stage}, read in {time.perf_counter() - start:.1f} s; the first token "
-       "waits for compilation")
+  note(f"{args.workdir}: model of the stage {restored.stage}, read in {time.perf_counter() - start:.1f} s; "
+       "the first token waits for compilation")
   engine = Engine(restored.model, processor.tokenizer.eos_id)
   text = Detokenizer(processor.tokenizer.decode)
   count = 0
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (DataError, ConfigError, WeightsError) as error:
     note(f"error: {error}")
     return 2
-  except BrokenPipeError:  # whoever read the answer has seen enough; Python would complain again when it closes the stream
+  except BrokenPipeError:  # whoever read the answer has seen enough; closing the stream would complain once more
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except KeyboardInterrupt:
     note("\ninterrupted")

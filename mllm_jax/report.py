@@ -1,7 +1,7 @@
 """Report: one HTML file that shows a run, with everything in it: no scripts, nothing fetched from elsewhere.
 
-From top to bottom: the result in numbers, the loss of each stage, exact match by kind of question beside what the text alone
-gives, held-out pictures with questions and answers, and the configuration.
+From top to bottom: the result in numbers, the loss of each stage, exact match by kind of question beside what the
+text alone gives, held-out pictures with questions and answers, and the configuration.
 """
 
 import base64
@@ -36,8 +36,8 @@ def write(path: str, *, config: Config, log: Sequence[Mapping[str, Any]], predic
     path: of the HTML file; its folder must exist.
     config: of the run.
     log: the rows of metrics.jsonl (`read_log`): training rows with `stage`, `step`, `loss` and, if it is to be drawn,
-      `learning_rate`; evaluation rows with `stage` and what `EvaluationResult.metrics` gives. Of rows for the same step the
-      last one counts, as a resumed run writes steps again.
+      `learning_rate`; evaluation rows with `stage` and what `EvaluationResult.metrics` gives. Of rows for the same
+      step the last one counts, as a resumed run writes steps again.
     predictions: of the last evaluation; their pictures are read again.
     title: the heading; "" takes the configuration's name.
 
@@ -83,7 +83,8 @@ def read_log(path: str) -> list[dict[str, Any]]:
 def _header(title: str, config: Config) -> str:
   projector = config.model.projector
   if projector.kind == "spatial":
-    detail = f"with detail integration (kernel {projector.dfi_kernel})" if projector.dfi_kernel else "without detail integration"
+    kernel = projector.dfi_kernel
+    detail = f"with detail integration (kernel {kernel})" if kernel else "without detail integration"
     between = f"spatial projector, {projector.maps}, {detail}"
   else:
     between = f"{projector.kind} projector"
@@ -101,9 +102,10 @@ def _tiles(curves: Mapping[str, list], scores: Mapping[str, Mapping]) -> str:
       tiles.append(("Pictures blanked", _percent(row["eval/blank"]), "what the text alone gives"))
   for stage, curve in curves.items():
     tail = [loss for _, loss in curve[-max(1, len(curve) // 20):]]
-    tiles.append((f"Loss, {stage}", f"{sum(tail) / len(tail):.3f}", f"from {curve[0][1]:.3f} in {curve[-1][0]:,} steps"))
-  cards = "".join(f"<div class='tile'><span>{escape(name)}</span><strong>{value}</strong><small>{escape(note)}</small></div>"
-                  for name, value, note in tiles)
+    note = f"from {curve[0][1]:.3f} in {curve[-1][0]:,} steps"
+    tiles.append((f"Loss, {stage}", f"{sum(tail) / len(tail):.3f}", note))
+  cards = "".join(f"<div class='tile'><span>{escape(name)}</span><strong>{value}</strong>"
+                  f"<small>{escape(note)}</small></div>" for name, value, note in tiles)
   return f"<section class='tiles'>{cards}</section>" if cards else ""
 
 
@@ -115,7 +117,8 @@ def _training(log: Sequence[Mapping], curves: Mapping[str, list]) -> str:
     note = f"<p class='note'>{lost} logged steps had no finite loss and are left out.</p>" if lost else ""
     chart = _chart(curve, height=240, label=f"Loss of the stage {stage}", smooth=True)
     if rate:
-      chart += "<h4>Learning rate</h4>" + _chart(rate, height=90, label=f"Learning rate of the stage {stage}", smooth=False)
+      label = f"Learning rate of the stage {stage}"
+      chart += "<h4>Learning rate</h4>" + _chart(rate, height=90, label=label, smooth=False)
     panels.append(f"<figure class='panel'><figcaption>{escape(stage)}</figcaption><h4>Loss</h4>{chart}{note}</figure>")
   return f"<section><h2>Training</h2><div class='panels'>{''.join(panels)}</div></section>" if panels else ""
 
@@ -153,8 +156,8 @@ def _chart(points: Sequence[tuple[int, float]], *, height: int, label: str, smoo
   parts.append(f"<polyline class='line' points='{line(values)}'/>")
   end = f"<circle class='end' cx='{x(points[-1][0]):.1f}' cy='{y(values[-1]):.1f}' r='4'/>"
   return (f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{escape(label)}'>"
-          f"<title>{escape(label)}: {points[0][1]:.4g} at step {points[0][0]:,}, {points[-1][1]:.4g} at step {points[-1][0]:,}"
-          f"</title>{''.join(parts)}{end}</svg>")
+          f"<title>{escape(label)}: {points[0][1]:.4g} at step {points[0][0]:,}, "
+          f"{points[-1][1]:.4g} at step {points[-1][0]:,}</title>{''.join(parts)}{end}</svg>")
 
 
 def _moving_average(values: Sequence[float]) -> list[float]:
@@ -193,13 +196,15 @@ def _scores(scores: Mapping[str, Mapping], predictions: Sequence[Prediction]) ->
   lines = []
   for kind in ["", *kinds]:
     suffix, count = (f"/{kind}", counts[kind]) if kind else ("", len(predictions))
-    cells = "".join(_score_cells(row.get(f"eval/exact_match{suffix}"), row.get(f"eval/blank{suffix}")) for row in scores.values())
+    cells = "".join(_score_cells(row.get(f"eval/exact_match{suffix}"), row.get(f"eval/blank{suffix}"))
+                    for row in scores.values())
     lines.append(f"<tr{'' if kind else ' class=total'}><th scope='row'>{escape(kind or 'all questions')}</th>"
                  f"<td class='number'>{f'{count:,}' if count else '&ndash;'}</td>{cells}</tr>")
-  return (f"<section><h2>Exact match by kind of question</h2><p class='note'>Held-out questions, answered greedily. The bar is "
-          f"the share of answers that are exactly the gold answer; the mark on it, and the column beside it, is the same with "
-          f"every picture replaced by a plain one: what can be guessed from the text alone.</p><div class='scroll'><table>"
-          f"<thead><tr><th rowspan='2' scope='col'>kind</th><th rowspan='2' scope='col' class='number'>questions</th>{head}</tr>"
+  return (f"<section><h2>Exact match by kind of question</h2><p class='note'>Held-out questions, answered greedily. "
+          f"The bar is the share of answers that are exactly the gold answer; the mark on it, and the column beside "
+          f"it, is the same with every picture replaced by a plain one: what can be guessed from the text alone.</p>"
+          f"<div class='scroll'><table><thead><tr><th rowspan='2' scope='col'>kind</th>"
+          f"<th rowspan='2' scope='col' class='number'>questions</th>{head}</tr>"
           f"<tr>{subhead}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>")
 
 
@@ -208,7 +213,8 @@ def _score_cells(score: float | None, blank: float | None) -> str:
     return "<td>&ndash;</td><td class='number'>&ndash;</td>"
   mark = "" if blank is None else f"<i style='left:{100 * blank:.1f}%'></i>"
   return (f"<td><div class='score'><div class='bar'><b style='width:{100 * score:.1f}%'></b>{mark}</div>"
-          f"<span>{_percent(score)}</span></div></td><td class='number'>{'&ndash;' if blank is None else _percent(blank)}</td>")
+          f"<span>{_percent(score)}</span></div></td>"
+          f"<td class='number'>{'&ndash;' if blank is None else _percent(blank)}</td>")
 
 
 def _gallery(predictions: Sequence[Prediction]) -> str:
@@ -216,13 +222,13 @@ def _gallery(predictions: Sequence[Prediction]) -> str:
   if not shown:
     return ""
   right = sum(prediction.correct for prediction in shown)
-  return (f"<section><h2>Held-out pictures</h2><p class='note'>{len(shown)} questions at even distances through each kind, not "
-          f"picked by their answers; {right} of them are right.</p>"
+  return (f"<section><h2>Held-out pictures</h2><p class='note'>{len(shown)} questions at even distances through each "
+          f"kind, not picked by their answers; {right} of them are right.</p>"
           f"<div class='gallery'>{''.join(map(_card, shown))}</div></section>")
 
 
 def _choose(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-  """Up to `count` predictions with pictures, kinds in turn, each kind's at even distances, new pictures before known ones."""
+  """Up to `count` predictions with pictures, kinds in turn, each kind's at even distances, new pictures first."""
   kinds = collections.defaultdict(list)
   for prediction in predictions:
     if prediction.question.images:
@@ -242,12 +248,14 @@ def _choose(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
 
 def _card(prediction: Prediction) -> str:
   question = prediction.question
-  pictures = "".join(f"<img src='{_data_uri(path)}' alt='{escape(os.path.basename(path))}'>" for path in question.images)
+  pictures = "".join(f"<img src='{_data_uri(path)}' alt='{escape(os.path.basename(path))}'>"
+                     for path in question.images)
   status, word = ("right", "&#10003; right") if prediction.correct else ("wrong", "&#10007; wrong")
   lines = [("answer", prediction.answer), ("gold", question.gold)]
   if prediction.blank_answer is not None:
     lines.append(("blanked", prediction.blank_answer))
-  facts = "".join(f"<dt>{name}</dt><dd class='{name}'>{escape(text.strip()) or '<em>nothing</em>'}</dd>" for name, text in lines)
+  facts = "".join(f"<dt>{name}</dt><dd class='{name}'>{escape(text.strip()) or '<em>nothing</em>'}</dd>"
+                  for name, text in lines)
   chip = f"<span class='chip'>{escape(question.category)}</span>" if question.category else "<span></span>"
   return (f"<article class='{status}'><div class='pictures'>{pictures}</div><div class='top'>{chip}"
           f"<span class='status'>{word}</span></div><p>{escape(question.text)}</p><dl>{facts}</dl></article>")
@@ -283,8 +291,8 @@ def _stage_cells(stage) -> str:
   amount = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
   lora = f"rank {stage.lora.rank}, alpha {stage.lora.alpha:g}" if stage.lora.rank else "none"
   trained = "<br>".join(f"<code>{escape(pattern)}</code> at {rate:g}" for pattern, rate in stage.parameters if rate)
-  cells = (f"<code>{escape(stage.data.path)}</code><br>{amount}, {escape(stage.data.template)}", f"{stage.batch_size:,}",
-           f"{stage.data.max_length:,}", lora, trained or "nothing")
+  data = f"<code>{escape(stage.data.path)}</code><br>{amount}, {escape(stage.data.template)}"
+  cells = (data, f"{stage.batch_size:,}", f"{stage.data.max_length:,}", lora, trained or "nothing")
   return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
@@ -313,12 +321,15 @@ PAGE = """<!doctype html>
 """
 
 STYLE = """
-:root { --page:#f6f5f2; --card:#fffefb; --ink:#1c1b19; --soft:#66635d; --line:#e2dfd8; --accent:#2a6fc9; --track:#e9e6df;
+:root { --page:#f6f5f2; --card:#fffefb; --ink:#1c1b19; --soft:#66635d; --line:#e2dfd8; --accent:#2a6fc9;
+  --track:#e9e6df;
   --right:#1d7a3c; --wrong:#b3261e; --shade:0 1px 2px rgb(40 35 20/.06), 0 6px 20px rgb(40 35 20/.05) }
-@media (prefers-color-scheme: dark) { :root { --page:#141413; --card:#1e1e1c; --ink:#efede8; --soft:#a39f97; --line:#34332f;
+@media (prefers-color-scheme: dark) { :root { --page:#141413; --card:#1e1e1c; --ink:#efede8; --soft:#a39f97;
+  --line:#34332f;
   --accent:#6aa6f0; --track:#33322e; --right:#6ccf8c; --wrong:#ff8a80; --shade:none } }
 * { box-sizing:border-box }
-body { margin:0; background:var(--page); color:var(--ink); font:16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }
+body { margin:0; background:var(--page); color:var(--ink);
+  font:16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }
 main { max-width:1180px; margin:0 auto; padding:56px 24px 80px }
 h1 { font-size:2.3rem; line-height:1.15; letter-spacing:-.02em; margin:0 0 .5rem; text-wrap:balance }
 h2 { font-size:1.3rem; letter-spacing:-.01em; margin:0 0 .6rem }
@@ -327,37 +338,50 @@ section { margin-top:52px }
 .flow { margin:0; color:var(--soft) } .flow b { font-weight:500; color:var(--ink) }
 .note { color:var(--soft); max-width:72ch; margin:0 0 1.1rem; font-size:.94rem }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(190px, 1fr)); gap:16px; margin-top:34px }
-.tile, .panel, article, .scroll { background:var(--card); border:1px solid var(--line); border-radius:12px; box-shadow:var(--shade) }
+.tile, .panel, article, .scroll { background:var(--card); border:1px solid var(--line); border-radius:12px;
+  box-shadow:var(--shade) }
 .tile { padding:16px 20px; display:flex; flex-direction:column }
-.tile span, .tile small { color:var(--soft); font-size:.86rem } .tile strong { font-size:2.1rem; line-height:1.3; font-weight:600 }
+.tile span, .tile small { color:var(--soft); font-size:.86rem } .tile strong { font-size:2.1rem; line-height:1.3;
+  font-weight:600 }
 .panels { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap:20px }
 .panel { margin:0; padding:18px 20px 12px; max-width:760px } figcaption { font-weight:600 }
-svg { display:block; width:100%; height:auto } svg text { font-size:12px; fill:var(--soft); font-variant-numeric:tabular-nums }
+svg { display:block; width:100%; height:auto } svg text { font-size:12px; fill:var(--soft);
+  font-variant-numeric:tabular-nums }
 .grid { stroke:var(--line) } polyline { fill:none; stroke:var(--accent); stroke-width:2; stroke-linejoin:round }
 polyline.raw { opacity:.28; stroke-width:1.2 } .end { fill:var(--accent); stroke:var(--card); stroke-width:2 }
 .scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-size:.93rem }
-th, td { text-align:left; padding:9px 16px; border-bottom:1px solid var(--line); font-weight:400; vertical-align:middle }
-thead th { color:var(--soft); font-size:.84rem; padding-block:7px } thead th[colspan] { color:var(--ink); font-weight:600 }
+th, td { text-align:left; padding:9px 16px; border-bottom:1px solid var(--line); font-weight:400;
+  vertical-align:middle }
+thead th { color:var(--soft); font-size:.84rem; padding-block:7px } thead th[colspan] { color:var(--ink);
+  font-weight:600 }
 tbody tr:last-child > * { border-bottom:0 } .total > * { font-weight:600; white-space:nowrap }
-.number { text-align:right; white-space:nowrap; font-variant-numeric:tabular-nums } .score { display:flex; align-items:center; gap:12px }
+.number { text-align:right; white-space:nowrap; font-variant-numeric:tabular-nums } .score { display:flex;
+  align-items:center; gap:12px }
 .score span { white-space:nowrap; font-variant-numeric:tabular-nums; min-width:4.2em; text-align:right }
 .bar { position:relative; flex:1; min-width:90px; height:10px; border-radius:5px; background:var(--track) }
 .bar b { display:block; height:100%; border-radius:5px; background:var(--accent) }
-.bar i { position:absolute; top:-4px; bottom:-4px; width:4px; margin-left:-2px; background:var(--ink); border:1px solid var(--card) }
+.bar i { position:absolute; top:-4px; bottom:-4px; width:4px; margin-left:-2px; background:var(--ink);
+  border:1px solid var(--card) }
 .gallery { display:grid; grid-template-columns:repeat(auto-fill, minmax(240px, 1fr)); gap:20px }
 article { overflow:hidden; display:flex; flex-direction:column; padding-bottom:14px }
-.pictures { display:flex; background:#0d0d0c } .pictures img { flex:1; min-width:0; width:100%; aspect-ratio:1; object-fit:contain }
+.pictures { display:flex; background:#0d0d0c } .pictures img { flex:1; min-width:0; width:100%; aspect-ratio:1;
+  object-fit:contain }
 .top { display:flex; justify-content:space-between; align-items:center; gap:8px; padding:12px 16px 0; font-size:.82rem }
 .chip { color:var(--soft); border:1px solid var(--line); border-radius:99px; padding:1px 9px; overflow-wrap:anywhere }
-.status { font-weight:600; white-space:nowrap } .right .status { color:var(--right) } .wrong .status { color:var(--wrong) }
+.status { font-weight:600; white-space:nowrap } .right .status { color:var(--right) }
+.wrong .status { color:var(--wrong) }
 article.wrong { border-style:dashed; border-color:var(--wrong) }
 article p { margin:8px 16px 10px; font-weight:500; line-height:1.4; overflow-wrap:anywhere }
 dl { display:grid; grid-template-columns:auto 1fr; gap:2px 12px; margin:auto 16px 0; font-size:.92rem }
-dt { color:var(--soft) } dd { margin:0; overflow-wrap:anywhere } .wrong dd.answer { text-decoration:underline wavy var(--wrong) 1px }
-dd.blanked, em { color:var(--soft) } code { font:.88em/1.4 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap:anywhere }
+dt { color:var(--soft) } dd { margin:0; overflow-wrap:anywhere }
+.wrong dd.answer { text-decoration:underline wavy var(--wrong) 1px }
+dd.blanked, em { color:var(--soft) } code { font:.88em/1.4 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+  overflow-wrap:anywhere }
 .stages td, .stages th { vertical-align:top } .stages tbody th { font-weight:600 }
 details { margin-top:16px } summary { cursor:pointer; color:var(--soft); margin-bottom:12px }
-.fields th { font:.84em ui-monospace, "SF Mono", Menlo, Consolas, monospace; color:var(--soft); width:1%; white-space:nowrap }
-.fields td { font:.84em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap:anywhere } .fields :is(th, td) { padding-block:4px }
+.fields th { font:.84em ui-monospace, "SF Mono", Menlo, Consolas, monospace; color:var(--soft); width:1%;
+  white-space:nowrap }
+.fields td { font:.84em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap:anywhere }
+  .fields :is(th, td) { padding-block:4px }
 @media print { body { background:none } section { break-inside:avoid } }
 """

@@ -20,9 +20,9 @@ from mllm_jax.models.mllm import Mllm
 class Engine:
   """A model that answers.
 
-  Batches are prompts as `data.processor.Processor.prompt` makes them: one conversation a row, padded on the right. An answer
-  depends neither on the padding nor on the other rows; in low precision only up to rounding, since other shapes may add in
-  another order.
+  Batches are prompts as `data.processor.Processor.prompt` makes them: one conversation a row, padded on the right. An
+  answer depends neither on the padding nor on the other rows; in low precision only up to rounding, since other
+  shapes may add in another order.
 
   Args:
     model: its arrays may be spread over devices.
@@ -38,8 +38,8 @@ class Engine:
   def generate(self, batch: Batch, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0) -> list[list[int]]:
     """The answer to every row: token ids without the end-of-sequence token, at most `max_new_tokens` of them.
 
-    An answer shorter than that was ended by the model. Compiled once for each (rows, prompt places, max_new_tokens, sampling).
-    With several processes each passes the same whole batch and gets every answer.
+    An answer shorter than that was ended by the model. Compiled once for each (rows, prompt places, max_new_tokens,
+    sampling). With several processes each passes the same whole batch and gets every answer.
 
     Raises:
       ValueError: max_new_tokens below 1, a row without a prompt, or rows that the mesh cannot split evenly.
@@ -96,8 +96,8 @@ def prefill(model: Mllm, batch: Batch, slots: int, mesh: Mesh | None = None) -> 
   rows, places = batch.tokens.shape
   decoder = model.decoder
   cache = _split_cache(KVCache.empty(decoder.config, rows, slots, decoder.dtype), mesh)
-  # The batch says position 0 for padding, which would overwrite the first token's slot. Counted on instead, padding lies in
-  # the slots after the prompt: no prompt token sees them, and each new token overwrites its own before it looks.
+  # The batch says position 0 for padding, which would overwrite the first token's slot. Counted on instead, padding
+  # lies in the slots after the prompt: no prompt token sees them, and a new token overwrites its own.
   positions = jnp.broadcast_to(jnp.arange(places), (rows, places))
   embeddings = model.embed(batch.tokens, batch.visual_index, model.visual_tokens(batch.pixels))
   hidden, cache = decoder.extend(embeddings, positions, cache)
@@ -153,7 +153,7 @@ def _lengths(batch: Batch) -> jax.Array:
 
 
 def _split_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
-  """The cache's rows where the batch's are. The compiler may choose for the rest; left to itself it may replicate a loop's."""
+  """The cache with its rows where the batch's are; left to itself, the compiler may replicate what a loop carries."""
   if mesh is None:
     return cache
   free = P.UNCONSTRAINED
@@ -165,7 +165,8 @@ def _split_rows(batch: Batch, mesh: Mesh) -> Batch:
   """A host batch, the same in every process, as global arrays with their rows split over the mesh."""
   shards, rows = sharding.batch_shards(mesh), len(batch.tokens)
   if rows % shards:
-    raise ValueError(f"a batch of {rows} rows cannot be split over {shards} groups of devices; use a multiple of {shards}")
+    raise ValueError(f"a batch of {rows} rows cannot be split over {shards} groups of devices; "
+                     f"use a multiple of {shards}")
   split = NamedSharding(mesh, P(sharding.BATCH_AXES))
   place = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
   return jax.tree.map(lambda x: place(np.asarray(x)), batch)

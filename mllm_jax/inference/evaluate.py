@@ -26,7 +26,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """A question with the model's answer, and the one it gave without seeing the pictures (None where that was not asked)."""
+  """A question with the model's answer, and the one it gave with the pictures blanked (None where not asked)."""
 
   question: Question
   answer: str
@@ -60,7 +60,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-  """Predictions in the file's order; `overall` counts all of them, `categories` those of each category, sorted by name."""
+  """Predictions in the file's order; `overall` counts all of them, `categories` those of each, sorted by name."""
 
   predictions: list[Prediction]
 
@@ -83,12 +83,13 @@ class EvaluationResult:
     return row
 
 
-def exact_match(engine: Engine, processor: Processor, records: Records, *, batch_size: int, max_new_tokens: int, blank: bool,
-                progress: Callable[[int, int], None] | None = None) -> EvaluationResult:
-  """Asks every question of every sample on its own, greedily, and compares the answers exactly, apart from outer white space.
+def exact_match(engine: Engine, processor: Processor, records: Records, *, batch_size: int, max_new_tokens: int,
+                blank: bool, progress: Callable[[int, int], None] | None = None) -> EvaluationResult:
+  """Asks every question of every sample on its own, greedily, and compares exactly, apart from outer white space.
 
-  A question later in a conversation is asked as if it were the first, with all of the sample's pictures before it. All rows
-  have the length of the longest prompt and the last batch is filled up with a repeated row, so one compilation serves all.
+  A question later in a conversation is asked as if it were the first, with all of the sample's pictures before it.
+  All rows have the length of the longest prompt and the last batch is filled up with a repeated row, so one
+  compilation serves all.
 
   Args:
     engine: answers.
@@ -129,7 +130,8 @@ def list_questions(records: Records) -> list[Question]:
     sample = records[i]
     for human, gpt in zip(sample.turns[::2], sample.turns[1::2]):
       text = human.text.replace(IMAGE_PLACEHOLDER, "").strip()
-      questions.append(Question(sample.id, sample.images, text, gpt.text, gpt.category or sample.category, sample.system))
+      category = gpt.category or sample.category
+      questions.append(Question(sample.id, sample.images, text, gpt.text, category, sample.system))
   if not questions:
     raise DataError(f"{records.source}: holds no question with an answer; set evaluation.path to a file that does")
   return questions

@@ -9,8 +9,8 @@ from mllm_jax.inference.settings import Sampling
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
   """The next token of each row, int32 [B], from float32 logits [B, V].
 
-  Row b draws with its own key, so that it does not depend on how many rows there are. Of equal logits the lower id counts as
-  the more likely one; top_k and top_p therefore keep exactly as many tokens as they say.
+  Row b draws with its own key, so that it does not depend on how many rows there are. Of equal logits the lower id
+  counts as the more likely one; top_k and top_p therefore keep exactly as many tokens as they say.
   """
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -22,7 +22,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
 
   ranked, ids = jax.lax.top_k(logits, min(sampling.top_k or vocab_size, vocab_size))
   probabilities = jax.nn.softmax(ranked, axis=-1)
-  # A token is kept if those before it do not reach top_p yet: the token that crosses the line is in, and so is the first.
+  # A token is kept if those before it do not reach top_p: the one that crosses the line is in, and so is the first.
   before = jnp.cumsum(probabilities, axis=-1) - probabilities
   ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
   ranks = jax.vmap(jax.random.categorical)(keys, ranked)

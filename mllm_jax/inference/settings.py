@@ -10,7 +10,7 @@ COLDEST = 1e-6  # logits divided by less could leave float32's range
 class Sampling:
   """The default is greedy decoding. Hashable: a static argument of compiled functions.
 
-  temperature: the logits are divided by it; 0 takes the most likely token and leaves the other two fields without effect.
+  temperature: the logits are divided by it; 0 takes the most likely token, whatever the other two fields say.
   top_p: only the most likely tokens that together reach this probability are drawn from; 1 draws from all.
   top_k: only this many of the most likely tokens are drawn from; 0 draws from all. Applied before top_p.
 

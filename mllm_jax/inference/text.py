@@ -8,12 +8,12 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes incomplete
 class Detokenizer:
   """Turns a stream of token ids into pieces of text that, joined, are the text of all ids.
 
-  That holds for valid UTF-8. The tokenizers library replaces a whole run of byte tokens if one of them is wrong; here what was
-  complete before the wrong one has been given out already, and stays.
+  That holds for valid UTF-8. The tokenizers library replaces a whole run of byte tokens if one of them is wrong; here
+  what was complete before the wrong one has been given out already, and stays.
 
-  A token by itself cannot be decoded: a character may be spread over several byte tokens, and SentencePiece drops the space
-  before the first token it is given. So new tokens are decoded together with those of the piece before them, the piece's text
-  is cut off, and nothing is given out while the last character is incomplete.
+  A token by itself cannot be decoded: a character may be spread over several byte tokens, and SentencePiece drops the
+  space before the first token it is given. So new tokens are decoded together with those of the piece before them,
+  the piece's text is cut off, and nothing is given out while the last character is incomplete.
 
   Args:
     decode: token ids -> text, such as `data.chat.ChatTokenizer.decode`.

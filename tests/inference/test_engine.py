@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDENS, RELEASED, TINY, prompt, stack
+from tiny_models import GOLDENS, RELEASED, TINY, prompt, stack
 
 from mllm_jax.inference import engine as engine_lib
 from mllm_jax.inference.engine import Engine
@@ -115,8 +115,8 @@ def test_compiles_once_for_a_shape(tiny, prompts):
 
 
 def test_weights_are_arguments_not_constants(tiny, prompts):
-  text = engine_lib._generate.lower(tiny, prompts[2], jax.random.key(0), np.int32(2), max_new_tokens=8, sampling=Sampling(),
-                                    mesh=None).as_text()
+  text = engine_lib._generate.lower(tiny, prompts[2], jax.random.key(0), np.int32(2), max_new_tokens=8,
+                                    sampling=Sampling(), mesh=None).as_text()
   assert len(text) < 400_000  # the weights alone would be millions of characters
 
 
@@ -137,7 +137,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import jax, numpy as np
 from flax import nnx
-from conftest import TINY, prompt, stack
+from tiny_models import TINY, prompt, stack
 from mllm_jax import parameters, sharding
 from mllm_jax.config import MeshConfig
 from mllm_jax.inference.engine import Engine

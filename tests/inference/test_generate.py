@@ -38,7 +38,7 @@ def test_prints_the_answer_and_nothing_else(restored, picture, tmp_path, tiny, p
   batch = collate([processor.prompt([Turn("human", "<image>\nHow many?")], [Image.open(picture)])])
   ids = Engine(tiny, processor.tokenizer.eos_id).generate(batch, 6)[0]
   assert len(ids) > 1
-  text = Detokenizer(processor.tokenizer.decode)  # random ids hold broken bytes, which decode does not show piece by piece
+  text = Detokenizer(processor.tokenizer.decode)  # random ids hold broken bytes, which decode shows otherwise
   assert printed.out == "".join(map(text.push, ids)) + text.finish() + "\n"
   assert "finetune" in printed.err
   assert ("cut off" in printed.err) == (len(ids) == 6)
