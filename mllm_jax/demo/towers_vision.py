@@ -181,7 +181,7 @@ class Probe:
 
 
 def probe(tower: VisionTower, pictures: int = 600, seed: int = 1) -> Probe:
-  """Fits linear classifiers on features of training pictures (ridge regression to one-hot), scores them on held-out ones."""
+  """Fits linear classifiers on the features of training pictures and scores them on held-out ones."""
   rng, digits = np.random.default_rng(seed), scenes.load_digits()
   run = jax.jit(lambda tower, x: tower(tower.normalise(x)))
 
@@ -189,7 +189,6 @@ def probe(tower: VisionTower, pictures: int = 600, seed: int = 1) -> Probe:
     batch = [scenes.sample_scene(rng, scans) for _ in range(pictures)]
     features = np.concatenate([np.asarray(run(tower, np.stack([scenes.render(s) for s in batch[i:i + 50]])))
                                for i in range(0, pictures, 50)])
-    features = np.concatenate([features, np.ones_like(features[..., :1])], -1)
     where = [(i, thing) for i, scene in enumerate(batch) for thing in scene.objects]
     at = features[[i for i, _ in where], [thing.patch for _, thing in where]]
     things = [thing for _, thing in where]
@@ -200,6 +199,21 @@ def probe(tower: VisionTower, pictures: int = 600, seed: int = 1) -> Probe:
 
   scores = []
   for (x, y), (held_x, held_y) in zip(examples(digits.train_indices), examples(digits.held_out_indices)):
-    weights = np.linalg.solve(x.T @ x + 1e-2 * np.eye(x.shape[1]), x.T @ np.eye(y.max() + 1)[y])
-    scores.append(float(((held_x @ weights).argmax(1) == held_y).mean()))
+    kernel, bias = _softmax_regression(x, y)
+    scores.append(float(((held_x @ kernel + bias).argmax(1) == held_y).mean()))
   return Probe(*scores)
+
+
+@jax.jit(static_argnames="steps")
+def _softmax_regression(x: jax.Array, y: jax.Array, steps: int = 400) -> tuple[jax.Array, jax.Array]:
+  """Kernel [C, classes] and bias of a linear classifier of x [N, C] into y [N]."""
+  optimizer = optax.adam(optax.cosine_decay_schedule(0.03, steps))
+  params = jnp.zeros((x.shape[1], 16)), jnp.zeros((16,))
+
+  def step(carry, _):
+    params, state = carry
+    loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(x @ p[0] + p[1], y).mean() + 1e-4 * jnp.sum(p[0] ** 2)
+    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    return (optax.apply_updates(params, updates), state), None
+
+  return jax.lax.scan(step, (params, optimizer.init(params)), None, steps)[0][0]

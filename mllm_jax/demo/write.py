@@ -12,6 +12,7 @@
 import argparse
 import collections
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -28,8 +29,9 @@ VERSION = 1  # of what the code below writes for given sizes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-  """How much of everything. Captions and conversations share pictures: the first ones have both."""
+  """How much of everything. Captions and conversations go through the same training pictures, again and again."""
 
+  pictures: int = 4000
   captions: int = 4000
   conversations: int = 8000
   turns: int = 5
@@ -64,16 +66,17 @@ def write(folder: str | os.PathLike, *, seed: int = 0, sizes: Sizes = Sizes()) -
 
 
 def _write_train(folder: pathlib.Path, rng: np.random.Generator, sizes: Sizes) -> None:
-  captions, conversations = [], []
   scans = scenes.load_digits().train_indices
-  for i in range(max(sizes.captions, sizes.conversations)):
-    scene = scenes.sample_scene(rng, scans)
-    image = _write_picture(folder, f"train-{i:05d}", scene)
-    if i < sizes.captions:
-      captions.append(_sample(f"caption-{i:05d}", image, [("Describe the picture.", texts.caption(rng, scene), None)]))
-    if i < sizes.conversations:
-      turns = [(question.text, question.answer, None) for question in texts.converse(rng, scene, sizes.turns)]
-      conversations.append(_sample(f"conversation-{i:05d}", image, turns))
+  pictures = [scenes.sample_scene(rng, scans) for _ in range(sizes.pictures)]
+  images = [_write_picture(folder, f"train-{i:05d}", scene) for i, scene in enumerate(pictures)]
+  captions, conversations = [], []
+  for i in range(sizes.captions):
+    turns = [("Describe the picture.", texts.caption(rng, pictures[i % sizes.pictures]), None)]
+    captions.append(_sample(f"caption-{i:05d}", images[i % sizes.pictures], turns))
+  for i in range(sizes.conversations):
+    questions = texts.converse(rng, pictures[i % sizes.pictures], sizes.turns)
+    turns = [(question.text, question.answer, None) for question in questions]
+    conversations.append(_sample(f"conversation-{i:05d}", images[i % sizes.pictures], turns))
   _write_json(folder / "pretrain.json", captions)
   _write_json(folder / "finetune.json", conversations)
 
@@ -97,7 +100,9 @@ def _write_heldout(folder: pathlib.Path, rng: np.random.Generator, sizes: Sizes)
 
 def _write_picture(folder: pathlib.Path, name: str, scene: scenes.Scene) -> str:
   path = f"pictures/{name}.png"
-  Image.fromarray(scenes.render(scene)).save(folder / path, compress_level=1)
+  encoded = io.BytesIO()
+  Image.fromarray(scenes.render(scene)).save(encoded, "PNG", compress_level=1)
+  (folder / path).write_bytes(encoded.getvalue())
   return path
 
 

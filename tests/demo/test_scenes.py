@@ -8,7 +8,7 @@ from mllm_jax.demo import scenes
 from mllm_jax.demo.export_digits import split
 from mllm_jax.demo.write import Sizes, write
 
-SMALL = Sizes(captions=12, conversations=20, turns=3, heldout_pictures=16, heldout_questions=4)
+SMALL = Sizes(pictures=15, captions=12, conversations=20, turns=3, heldout_pictures=16, heldout_questions=4)
 
 
 def test_the_split_is_disjoint_and_in_proportion():
