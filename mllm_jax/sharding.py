@@ -30,8 +30,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/head", P("fsdp", "tensor")),
     (r"vision/patch_embedding/kernel", P(None, "fsdp")),
     (r"vision/(class|position)_embedding", P()),
-    (r"projector/(sfe/kernels/\d+|dfi/kernel)", P(None, None, "fsdp", "tensor")),
-    (r"projector/(.*/)?(head|query|key|value|fc1|fc2)/kernel", P("fsdp", "tensor")),
+    # Over both axes along the input channels: the few spatial tokens they give stay whole (see rows_only). DFI's own layers
+    # are small, and are not sharded for the same reason.
+    (r"projector/(sfe/kernels/\d+|dfi/kernel)", P(None, None, ("fsdp", "tensor"), None)),
+    (r"projector/dfi/(query|key|value)/kernel", P()),
+    (r"projector/(.*/)?(head|fc1|fc2)/kernel", P("fsdp", "tensor")),
     (r".*/(bias|scale)", P()),
 )
 
@@ -60,7 +63,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """
   for pattern, spec in RULES:
     if re.fullmatch(pattern, path):
-      fits = lambda size, axis: axis is not None and size % mesh.shape[axis] == 0
+      parts = lambda axis: math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,)))
+      fits = lambda size, axis: axis is not None and size % parts(axis) == 0
       return P(*(axis if fits(size, axis) else None for size, axis in zip(shape, spec)))
   raise ConfigError(f"sharding.RULES has no rule for the parameter {path}; add one")
 

@@ -15,7 +15,7 @@ from mllm_jax.weights.io import Weights
 
 # The goldens are small: most of a test's time would go into optimising code that runs once.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-FOLDER = Path(__file__).parents[1] / "goldens" / "sp"
+FOLDER = Path(__file__).parent / "goldens" / "sp"
 
 
 def read(name: str) -> dict[str, np.ndarray]:
