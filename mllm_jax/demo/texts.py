@@ -127,11 +127,11 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
   return None if made is None else Question(kind, *made)
 
 
-def converse(rng: np.random.Generator, scene: Scene, turns: int) -> list[Question]:
-  """`turns` questions of random kinds, no wording twice."""
+def converse(rng: np.random.Generator, scene: Scene, turns: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
+  """`turns` questions, no wording twice. Their kinds are drawn from `kinds`, in which one may stand several times."""
   chosen: dict[str, Question] = {}
   while len(chosen) < turns:
-    question = ask(rng, scene, _pick(rng, list(KINDS)))
+    question = ask(rng, scene, _pick(rng, kinds))
     if question is not None:
       chosen.setdefault(question.text, question)
   return list(chosen.values())

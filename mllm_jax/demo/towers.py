@@ -24,7 +24,7 @@ from mllm_jax.weights import clip, llama
 from mllm_jax.weights.mapping import export
 
 VISION_STEPS = 2400
-DECODER_STEPS = 2000
+DECODER_STEPS = 2600
 
 
 def write_clip(folder: pathlib.Path, lower: VisionTower, last: towers_vision.LastLayer) -> None:

@@ -10,7 +10,6 @@ Looking things up is what a small decoder does not learn by itself: training sta
 before the answer, and goes on to the natural questions and captions.
 """
 
-import dataclasses
 import functools
 import time
 
@@ -51,8 +50,11 @@ def _words_of(thing: scenes.Object) -> np.ndarray:
   return weights
 
 
-def describe(rng: np.random.Generator, scene: scenes.Scene, noise: float) -> np.ndarray:
-  """How much of each word stands in each slot, float32 [SLOTS, words]. `noise` in 0..1: how often something is disturbed."""
+def describe(rng: np.random.Generator, scene: scenes.Scene, noise: float, numbered: float) -> np.ndarray:
+  """How much of each word stands in each slot, float32 [SLOTS, words].
+
+  noise: in 0..1, how often something is disturbed. numbered: how often the summaries say how many digits there are.
+  """
   patches = np.zeros((scenes.GRID**2, len(WORDS)), np.float32)
   patches[:, INDEX[scene.ground]] = 1
   vectors = [_words_of(thing) for thing in scene.objects]
@@ -64,7 +66,7 @@ def describe(rng: np.random.Generator, scene: scenes.Scene, noise: float) -> np.
       patches[neighbour] = leak * vector + (1 - leak) * patches[neighbour]
   for thing, vector in zip(scene.objects, vectors):
     patches[thing.patch] = vector
-  return np.concatenate([_summaries(rng, scene, vectors, noise), patches])
+  return np.concatenate([_summaries(rng, scene, vectors, noise, numbered), patches])
 
 
 def _disturbed(rng: np.random.Generator, vector: np.ndarray, noise: float) -> np.ndarray:
@@ -81,13 +83,14 @@ def _disturbed(rng: np.random.Generator, vector: np.ndarray, noise: float) -> np
   return vector
 
 
-def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noise: float) -> np.ndarray:
+def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noise: float,
+               numbered: float) -> np.ndarray:
   """One slot per centre crop: the mean of the objects in it, their number and the ground; now and then only the ground."""
   slots = np.zeros((len(CROPS), len(WORDS)), np.float32)
   slots[:, INDEX[scene.ground]] = 1
   if rng.random() < 0.4 * noise:
     return slots
-  with_number = rng.random() > 0.4 * noise
+  with_number = rng.random() < numbered
   for slot, side in zip(slots, CROPS):
     inside = [vector for thing, vector in zip(scene.objects, vectors)
               if all((scenes.GRID - side) // 2 <= i < (scenes.GRID + side) // 2 for i in divmod(thing.patch, scenes.GRID))]
@@ -137,7 +140,8 @@ class Speaker:
     return [1], parts
 
 
-def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noise: float, questions=None) -> dict:
+def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noise: float = 0.0, numbered: float = 1.0,
+               kinds: tuple[str, ...] = tuple(texts.KINDS), questions=None) -> dict:
   """Arrays of one batch: tokens, targets, weights [B, S], first visual place [B], descriptions [B, slots, words], sigma [B].
 
   `questions`: (scene, questions) of each row, random ones where None.
@@ -148,9 +152,9 @@ def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int,
   first, descriptions = np.zeros(rows, np.int32), []
   for row in range(rows):
     scene, asked = questions[row] if questions else (scenes.sample_scene(rng, scenes.load_digits().train_indices), None)
-    description = describe(rng, scene, noise)
+    description = describe(rng, scene, noise, numbered)
     if kind == "conversation":
-      before, parts = speaker.conversation(asked or texts.converse(rng, scene, TURNS))
+      before, parts = speaker.conversation(asked or texts.converse(rng, scene, TURNS, kinds))
     elif kind == "caption":
       before, parts = speaker.caption(texts.caption(rng, scene))
     else:
@@ -203,7 +207,8 @@ def initialise(config: DecoderConfig, seed: int) -> Decoder:
 
   In all layers but the first (which has to see what stood just before) the query and key maps start out nearly equal, so that
   a token attends to what resembles it, and the output map as the transpose of the value map, so that it takes over what
-  stands there; the head starts as the transpose of the embedding table. From a random start, look-up takes thousands of steps.
+  stands there; the head starts as the transpose of the embedding table. After 150 steps of drills this gave 65 % right answers,
+  a random start 19 %.
   """
   decoder = widen(Decoder(config, LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(seed)))
   decoder.embedding.set_value(decoder.embedding[...] * 4)
@@ -217,13 +222,18 @@ def initialise(config: DecoderConfig, seed: int) -> Decoder:
   return decoder
 
 
+# What is slowest to come is asked most often.
+KINDS = (*texts.KINDS, "count", "count", "count", "left or right")
+NUMBERED = 0.3  # how many summaries say the number of digits; where they do not, the decoder has to count
+
+
 def plan(step: int, steps: int) -> tuple[str, float]:
-  """What a step trains on, and with how much noise: drills, then more and more conversations and captions."""
+  """What a step trains on, and how noisy its descriptions are: clean drills, then conversations, captions and noise."""
   done = step / steps
-  if done < 0.2:
+  if done < 0.15:
     return "drill", 0.0
-  kinds = ("conversation", "drill", "conversation", "caption") if done < 0.4 else ("conversation",) * 3 + ("caption",)
-  return kinds[step % 4], float(np.clip((done - 0.35) / 0.2, 0, 1))
+  kinds = ("conversation", "drill", "conversation", "caption") if done < 0.3 else ("conversation",) * 4 + ("caption",)
+  return kinds[step % len(kinds)], (0.3, 1.0)[step % 2] * float(np.clip((done - 0.3) / 0.15, 0, 1))
 
 
 def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, seed: int = 0, log=print) -> Decoder:
@@ -246,29 +256,27 @@ def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, se
   start = time.time()
   for step in range(steps):
     kind, noise = plan(step, steps)
-    params, state, value, hits = update(params, state, make_batch(rng, speaker, kind, batch_size, noise), step)
-    if step % 50 < 4 or step == steps - 1:
+    params, state, value, hits = update(params, state, make_batch(rng, speaker, kind, batch_size, noise, NUMBERED, KINDS), step)
+    if step % 100 < 5 or step == steps - 1:
       log(f"decoder step {step:5d} {kind:12s} loss {float(value):.3f} right {float(hits):.3f} {time.time() - start:.0f} s")
     if step % 500 == 499:
       log(evaluate(nnx.merge(graph, params), speaker))
   return nnx.merge(graph, params)
 
 
-def evaluate(decoder: Decoder, speaker: Speaker, rows: int = 96, seed: int = 1, noise: float = 0.0) -> dict[str, float]:
-  """Share of questions of each kind answered exactly: every token of the answer, and its end."""
+def evaluate(decoder: Decoder, speaker: Speaker, questions: int = 48, seed: int = 1, noise: float = 0.0,
+             numbered: float = 0.0) -> dict[str, float]:
+  """Share of single questions answered exactly, every token of the answer and its end: `questions` of each kind."""
   rng = np.random.default_rng(seed)
   run = jax.jit(lambda decoder, batch: forward(decoder, jnp.array(speaker.words), batch, jax.random.key(0)).argmax(-1))
-  hits = {kind: [] for kind in texts.KINDS}
-  for _ in range(rows // 24):
+  right = {}
+  for kind in texts.KINDS:
     asked = []
-    while len(asked) < 24:
+    while len(asked) < questions:
       scene = scenes.sample_scene(rng, scenes.load_digits().train_indices)
-      asked.append((scene, texts.converse(rng, scene, TURNS)))
-    batch = make_batch(rng, speaker, "conversation", 24, noise, asked)
-    right = (np.asarray(run(decoder, batch)) == batch["targets"]) | (batch["weights"] == 0)
-    for row, (_, questions) in enumerate(asked):
-      ends = np.flatnonzero((batch["targets"][row] == END) & (batch["weights"][row] == 1))
-      starts = [0, *(ends[:-1] + 1)]
-      for question, start, end in zip(questions, starts, ends):
-        hits[question.kind].append(bool(right[row, start:end + 1].all()))
-  return {kind: round(float(np.mean(values)), 3) for kind, values in hits.items()}
+      if question := texts.ask(rng, scene, kind):
+        asked.append((scene, [question]))
+    batch = make_batch(rng, speaker, "conversation", questions, noise, numbered, questions=asked)
+    hits = (np.asarray(run(decoder, batch)) == batch["targets"]) | (batch["weights"] == 0)
+    right[kind] = round(float(hits.all(1).mean()), 3)
+  return right
