@@ -20,14 +20,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from mllm_jax import config as config_lib, preflight
-from mllm_jax.config import Config, ConfigError, to_dict
+from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
 from mllm_jax.data.records import DataError
 from mllm_jax.weights.known import WeightsError
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe: a file of configs/, with :demo behind it for the small one",
-                                         lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, logs and the report (default: runs/NAME)")
-
 
 class Stop:
   """Remembers the first SIGTERM or SIGINT, so that the step under way can end and be saved. A second one interrupts at once."""
@@ -60,14 +55,14 @@ def say(*text) -> None:
     print(*text, flush=True)
 
 
-def run(config: Config, workdir: Path) -> None:
-  """All stages of a run, their evaluations, and the report."""
+def run(config: Config, workdir: Path, recipe: str) -> None:
+  """All stages of a run, their evaluations, and the report. `recipe` is the configuration's file."""
   # ---- before anything heavy: are the files there? ---------------------------------------------------------------------------
   names = preflight.stage_names(config)
   config = preflight.in_workdir(config, str(workdir))
   missing = preflight.missing_files(config)
   if missing:
-    raise ConfigError(preflight.explain_missing(missing, config_file()))
+    raise ConfigError(preflight.explain_missing(missing, recipe))
 
   import jax
 
@@ -86,7 +81,6 @@ def run(config: Config, workdir: Path) -> None:
 
   # ---- workdir and data --------------------------------------------------------------------------------------------------------
   workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / "config.json", to_dict(config))
   if config.demo:
     from mllm_jax.demo.write import write as write_demo
 
@@ -112,43 +106,31 @@ def run(config: Config, workdir: Path) -> None:
 
 def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop) -> None:
   """One stage from its last checkpoint, or its beginning, to its evaluation."""
-  import jax
-  from tqdm import tqdm
-
-  from mllm_jax import build, parameters, sharding
-  from mllm_jax.data.pipeline import TrainingBatches
-  from mllm_jax.data.records import Records, check
+  from mllm_jax import build, parameters
   from mllm_jax.models.mllm import abstract
   from mllm_jax.training import optimizer as optimizer_lib, step as step_lib
   from mllm_jax.training.checkpoint import Checkpoints
+  from mllm_jax.training.loop import NotFinite, Reporter, run_steps
 
-  stage: dataclasses.Field = getattr(config, name)
+  stage: StageConfig = getattr(config, name)
   folder = workdir / name
-  folder.mkdir(exist_ok=True)
   say(f"\n== {name} ==")
 
   # ---- data ------------------------------------------------------------------------------------------------------------------
   model_config = build.architecture(config.model, stage.lora)
   processor = build.make_processor(model_config, stage, config.model.llm)
-  records = Records.load(stage.data.path, stage.data.image_folder)
-  problems = check(records, max_images=stage.data.max_images)
-  if problems:
-    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-    raise DataError(f"{len(problems)} samples cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
-  batches = TrainingBatches(records, processor, batch_size=stage.batch_size, accumulation=stage.accumulation,
-                            epochs=stage.epochs, steps=stage.steps, seed=config.seed, process_index=jax.process_index(),
-                            process_count=jax.process_count(), threads=config.loader_threads)
+  batches = load_data(config, stage, processor)
 
-  # ---- what is trained ---------------------------------------------------------------------------------------------------------
+  # ---- what is trained, and from where it goes on ----------------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
+  identity = {"stage": name, "seed": config.seed, "samples": batches.samples, "steps": batches.steps,
+              "model": to_dict(model_config), "recipe": recipe_identity(stage), "fingerprints": build.fingerprints(config.model)}
   checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
   start = checkpoints.latest()
-  identity = {"stage": name, "seed": config.seed, "samples": len(records), "steps": batches.steps,
-              "model": to_dict(model_config), "recipe": recipe_identity(stage), "fingerprints": build.fingerprints(config.model)}
   if start is not None:
     check_identity(checkpoints.meta(start), identity, folder)
-  given = {} if start is not None else pretrained(config, name, workdir, shapes, mesh)
+  given = pretrained_projector(config, workdir, identity, shapes, mesh) if name == "finetune" and start is None else {}
 
   # ---- parameters, optimizer, step -------------------------------------------------------------------------------------------
   flat = build.load_parameters(model_config, config.model, rates, config.seed, mesh, given)
@@ -159,66 +141,32 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   state = step_lib.initial_state(optimizer, trainable, mesh)
   if start is not None:
     state = checkpoints.restore(start, state)
+  trained_rates = {path: rates[path] for path in trainable}
   del flat, trainable, given
-  trained_rates = {path: rates[path] for path in state.trainable}
   train_step = step_lib.make_step(graphdef, stage, trained_rates, batches.steps, config.seed, mesh, optimizer,
                                   step_lib.state_shardings(optimizer, state.trainable, mesh))
   start = start or 0
   log.forget_after(name, start)
-  say(f"{len(records):,} samples, {batches.steps:,} steps of {stage.batch_size}"
+  write_json(workdir / "config.json", to_dict(config))  # not before all checks: a mistyped command must not spoil a run
+  say(f"{batches.samples:,} samples, {batches.steps:,} steps of {stage.batch_size}"
       + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
       + (f", continuing after step {start:,}" if start else ""))
 
   # ---- the loop --------------------------------------------------------------------------------------------------------------
-  bar = tqdm(total=batches.steps, initial=start, desc=name, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True)
-  clock = Clock(stage.batch_size)
-  in_flight = []  # one step is computed while the next batch is made; its numbers are read after that
-  on_many_cpu_devices = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-
-  def settle(step: int, ids: list[str], values) -> None:
-    """Reads a finished step's numbers, and logs them when it is time."""
-    values = {key: value.item() for key, value in jax.device_get(values).items()}
-    clock.tick(values["tokens"])
-    bar.update()
-    if values["skipped_in_row"]:
-      append_line(folder / "nonfinite.jsonl", {"step": step, "loss": str(values["loss"]), "ids": ids})
-      bar.write(f"step {step}: loss or gradient is not finite; the step is not applied, its ids are in {folder / 'nonfinite.jsonl'}")
-    if step % config.log_every == 0 or step == batches.steps or values["skipped_in_row"]:
-      row = {"stage": name, "step": step, **values, **clock.rates()}
-      log.write({key: value for key, value in row.items() if isinstance(value, str) or abs(value) < float("inf")})
-      bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['learning_rate']:.1e}",
-                      samples_per_s=f"{row['samples_per_s']:.1f}", tokens_per_s=f"{row['tokens_per_s']:.0f}")
-    if values["skipped_in_row"] >= config.max_nonfinite:
-      raise FloatingPointError(f"{name}, step {step}: {values['skipped_in_row']} steps in a row had a loss or gradient that is not "
-                               f"finite (max_nonfinite); saved. Look at the samples named in {folder / 'nonfinite.jsonl'}, or "
-                               "lower the learning rate and use another --workdir")
-
-  def save() -> None:
+  def save(state) -> None:
     checkpoints.save(state, identity | {"config": to_dict(config)})
 
-  with jax.set_mesh(mesh), bar:
-    try:
-      for step, (ids, host_batch) in enumerate(batches.iterate(start), start=start + 1):
-        state, values = train_step(state, frozen, sharding.to_device(host_batch, mesh, leading=1))
-        in_flight.append((step, ids, values))
-        while len(in_flight) > (0 if on_many_cpu_devices else 1):  # CPU devices in one process can deadlock with two in flight
-          settle(*in_flight.pop(0))
-        if step % config.checkpoint_every == 0:
-          save()
-        if stop.signal:
-          break
-      while in_flight:
-        settle(*in_flight.pop(0))
-    except (FloatingPointError, DataError) as error:
-      while in_flight and isinstance(error, DataError):
-        settle(*in_flight.pop(0))
-      save()
-      checkpoints.wait()
-      raise Stopped(1, str(error)) from error
-  save()
-  checkpoints.wait()
+  try:
+    state = run_steps(train_step, state, frozen, batches.iterate(start), steps=batches.steps, mesh=mesh, save=save,
+                      save_every=config.checkpoint_every, stopped=lambda: bool(stop.signal),
+                      reporter=Reporter(config, name, stage, folder, log, start, batches.steps))
+    save(state)
+  except (DataError, NotFinite) as error:
+    raise Stopped(1, str(error)) from error
+  finally:
+    checkpoints.wait()
+    checkpoints.close()
   done = int(state.step)
-  checkpoints.close()
   if done < batches.steps:
     raise Stopped(128 + stop.signal, f"{name}: saved after step {done} of {batches.steps}; the same command continues")
 
@@ -226,6 +174,23 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   if config.evaluation.path and not (folder / "evaluation.json").is_file():
     model = parameters.unflatten(graphdef, {**frozen, **state.trainable})
     evaluate(config, name, model, processor, mesh, log, done, folder)
+
+
+def load_data(config: Config, stage: StageConfig, processor):
+  """The batches of a stage, after a look at every sample's record. Raises DataError with all that is wrong with them."""
+  import jax
+
+  from mllm_jax.data.pipeline import TrainingBatches
+  from mllm_jax.data.records import Records, check
+
+  records = Records.load(stage.data.path, stage.data.image_folder)
+  problems = check(records, max_images=stage.data.max_images)
+  if problems:
+    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+    raise DataError(f"{len(problems)} of {len(records)} samples cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
+  return TrainingBatches(records, processor, batch_size=stage.batch_size, accumulation=stage.accumulation,
+                         epochs=stage.epochs, steps=stage.steps, seed=config.seed, process_index=jax.process_index(),
+                         process_count=jax.process_count(), threads=config.loader_threads)
 
 
 def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, folder: Path) -> None:
@@ -255,11 +220,10 @@ def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, 
       + (f", with the pictures blanked {result.overall.blank:.1%}" if result.overall.blank is not None else ""))
 
 
-def pretrained(config: Config, name: str, workdir: Path, shapes: dict, mesh) -> dict:
-  """What a stage starts from beside the towers: for finetune the projector that pretrain left in the same workdir.
+def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: dict, mesh) -> dict:
+  """The projector that pretrain left in the same workdir, by path; {} where a released one is named instead.
 
-  Raises ConfigError where there is none and no released projector is named: a projector that starts from noise would train,
-  and be worth nothing.
+  Raises ConfigError where there is neither: a projector that starts from noise would train, and be worth nothing.
   """
   import jax
   import jax.numpy as jnp
@@ -267,8 +231,6 @@ def pretrained(config: Config, name: str, workdir: Path, shapes: dict, mesh) -> 
   from mllm_jax import sharding
   from mllm_jax.training.checkpoint import Checkpoints
 
-  if name != "finetune":
-    return {}
   folder = workdir / "pretrain" / "checkpoints"
   checkpoints = Checkpoints(folder) if folder.is_dir() else None
   step = checkpoints.latest() if checkpoints is not None else None
@@ -280,8 +242,9 @@ def pretrained(config: Config, name: str, workdir: Path, shapes: dict, mesh) -> 
   meta = checkpoints.meta(step)
   if step < meta["steps"]:
     raise ConfigError(f"{folder}: pretrain has done {step} of {meta['steps']} steps; finish it first (--config.stages=pretrain)")
-  from mllm_jax.build import check_fingerprints
-  check_fingerprints(meta, config.model, str(folder))
+  without_lora = lambda content: {"model": {key: value for key, value in content["model"].items() if key != "lora"},
+                                  "fingerprints": content["fingerprints"]}
+  check_identity(without_lora(meta), without_lora(identity), folder)
   places = sharding.parameter_shardings(shapes, mesh)
   like = {path: jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=places[path])
           for path, shape in shapes.items() if path.startswith("projector/")}
@@ -308,25 +271,6 @@ def check_identity(saved: dict, now: dict, folder: Path) -> None:
   if found:
     raise ConfigError(f"{folder} holds checkpoints of another run:\n  " + "\n  ".join(found[:12])
                       + "\nSet these back to continue it, or use another --workdir")
-
-
-class Clock:
-  """Samples and trained tokens a second since the rates were last asked for."""
-
-  def __init__(self, samples_per_step: int):
-    self.samples_per_step = samples_per_step
-    self.since, self.steps, self.tokens = time.perf_counter(), 0, 0.0
-
-  def tick(self, tokens: float) -> None:
-    self.steps += 1
-    self.tokens += tokens
-
-  def rates(self) -> dict[str, float]:
-    now = time.perf_counter()
-    seconds = max(now - self.since, 1e-9)
-    rates = {"samples_per_s": self.steps * self.samples_per_step / seconds, "tokens_per_s": self.tokens / seconds}
-    self.since, self.steps, self.tokens = now, 0, 0.0
-    return rates
 
 
 def summary(rows: list[dict], workdir: Path, seconds: float) -> str:
@@ -364,16 +308,6 @@ def write_json(path: Path, content) -> None:
   os.replace(partial, path)
 
 
-def append_line(path: Path, row: dict) -> None:
-  with open(path, "a", encoding="utf-8") as file:
-    file.write(json.dumps(row) + "\n")
-
-
-def config_file() -> str:
-  """The path behind --config, without the part after the colon."""
-  return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-
-
 def plain_error(argv: list[str], error: Exception) -> str:
   """What went wrong on the command line, without the traceback that config_flags puts into its messages."""
   text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -387,21 +321,25 @@ def plain_error(argv: list[str], error: Exception) -> str:
   return text
 
 
-def parse(argv: list[str]) -> tuple[Config, Path]:
-  """The configuration and the workdir. Raises ConfigError where the command line is wrong."""
+def parse(argv: list[str]) -> tuple[Config, Path, str]:
+  """The configuration, the workdir, and the recipe's file. Raises ConfigError where the command line is wrong."""
+  values = flags.FlagValues()  # not the global ones, so that a process can parse more than one command line
+  config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
   try:
-    rest = flags.FLAGS(argv)
+    rest = values(argv)
   except (flags.Error, KeyError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
     raise ConfigError(plain_error(argv, error)) from error
   if len(rest) > 1:
     raise ConfigError(f"{rest[1]!r} is no option; options are written --config=FILE, --workdir=DIR, --config.FIELD=VALUE")
-  if flags.FLAGS["config"].value is None:
+  if config.value is None:
     raise ConfigError("which recipe? for instance --config=configs/sp_cropping.py:demo (--help tells more)")
-  if not isinstance(CONFIG.value, Config):
-    if not Path(config_file()).is_file():
-      raise ConfigError(f"--config={config_file()}: no such file; the recipes are in configs/")
-    raise ConfigError(f"{config_file()}: get_config must return a mllm_jax.config.Config")
-  return CONFIG.value, Path(WORKDIR.value or f"runs/{CONFIG.value.name}")
+  file = config_flags.get_config_filename(values["config"]).partition(":")[0]
+  if not isinstance(config.value, Config):
+    if not Path(file).is_file():
+      raise ConfigError(f"--config={file}: no such file; the recipes are in configs/")
+    raise ConfigError(f"{file}: get_config must return a mllm_jax.config.Config")
+  return config.value, Path(workdir.value or f"runs/{config.value.name}"), file
 
 
 def help_text() -> str:
@@ -415,7 +353,8 @@ def help_text() -> str:
       else:
         yield f"  --{prefix}.{field.name}={value!r}"
 
-  options = f"  --config=FILE[:demo]  {flags.FLAGS['config'].help}\n  --workdir=DIR  {flags.FLAGS['workdir'].help}"
+  options = ("  --config=FILE[:demo]  the recipe: a file of configs/, with :demo behind it for the small one\n"
+             "  --workdir=DIR         folder for checkpoints, logs and the report (default: runs/NAME)")
   return f"{__doc__}\noptions:\n{options}\n\nfields and their defaults:\n" + "\n".join(fields(Config(), "config"))
 
 

@@ -1,5 +1,6 @@
 """A run small enough for tests: Hugging Face folders of random tiny towers, digits data, and a configuration over them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -61,13 +62,13 @@ def config(folder: Path, **changes) -> Config:
   stage = dict(batch_size=8, steps=12)
   result = Config(
       name="tiny",
-      model=ModelRecipe(vision=str(folder / "clip"), llm=str(folder / "llama"), projector=PROJECTOR, dtype="float32",
+      model=ModelRecipe(vision=str(folder / "clip"), llm=str(folder / "llama"), projector=dataclasses.replace(PROJECTOR), dtype="float32",
                         frozen_dtype="float32", remat="full"),
       pretrain=StageConfig(data=DataConfig(path=f"{data}/pretrain.json", image_folder=data, template="plain", max_length=128),
                            parameters=recipes.parameter_table(1e-2), **stage),
       finetune=StageConfig(data=DataConfig(path=f"{data}/finetune.json", image_folder=data, max_length=256), accumulation=2,
                            lora=LoraConfig(rank=4, alpha=8.0, dropout=0.05),
-                           parameters=recipes.parameter_table(1e-2, 1e-2), **stage | {"steps": 10}),
+                           parameters=recipes.parameter_table(1e-2, 1e-2), **stage | {"steps": 10, "batch_size": 16}),
       evaluation=EvaluationConfig(path=f"{data}/heldout.json", image_folder=data, batch_size=8, max_new_tokens=3),
       log_every=1, checkpoint_every=3, loader_threads=2)
   for name, value in changes.items():

@@ -82,6 +82,11 @@ class TrainingBatches:
   def __len__(self) -> int:
     return self.steps
 
+  @property
+  def samples(self) -> int:
+    """Samples of the data set."""
+    return len(self._records)
+
   def __iter__(self) -> Iterator[tuple[list[str], Batch]]:
     return self.iterate()
 

@@ -1,0 +1,113 @@
+"""The loop over steps: batches in, numbers out, checkpoints on the way, and an orderly end whatever happens."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mllm_jax import sharding
+from mllm_jax.batch import Batch
+from mllm_jax.config import Config, StageConfig
+from mllm_jax.data.records import DataError
+from mllm_jax.training.metrics import MetricsLog
+from mllm_jax.training.step import TrainState
+
+
+class NotFinite(RuntimeError):
+  """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+def run_steps(train_step: Callable, state: TrainState, frozen: dict[str, jax.Array], batches: Iterator[tuple[list[str], Batch]], *,
+              steps: int, mesh: Mesh, reporter: "Reporter", save: Callable[[TrainState], None], save_every: int,
+              stopped: Callable[[], bool]) -> TrainState:
+  """Takes steps until `steps` are done or `stopped()`, and returns the state.
+
+  While the device computes one step the next batch is made and handed over; a step's numbers are read after that. On a bad
+  sample, or when too many steps were not finite, what was reached is saved before DataError or NotFinite is raised.
+  """
+  start = int(state.step)
+  in_flight = []
+  # Several CPU devices in one process can block each other for good when two steps are under way.
+  depth = 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else 1
+  with jax.set_mesh(mesh), reporter:
+    try:
+      for step, (ids, batch) in enumerate(batches, start=start + 1):
+        state, numbers = train_step(state, frozen, sharding.to_device(batch, mesh, leading=1))
+        in_flight.append((step, ids, numbers))
+        while len(in_flight) > depth:
+          reporter.settle(*in_flight.pop(0))
+        if step % save_every == 0 and step < steps:
+          save(state)
+        if stopped():
+          break
+      while in_flight:
+        reporter.settle(*in_flight.pop(0))
+    except (DataError, NotFinite) as error:
+      while in_flight and isinstance(error, DataError):
+        reporter.settle(*in_flight.pop(0))
+      save(state)
+      raise
+  return state
+
+
+class Reporter:
+  """Shows and logs the numbers of finished steps: the progress bar, metrics.jsonl, and the ids of batches that went wrong."""
+
+  def __init__(self, config: Config, name: str, stage: StageConfig, folder: Path, log: MetricsLog, start: int, steps: int):
+    self.config, self.name, self.folder, self.log, self.steps = config, name, folder, log, steps
+    self.clock = Clock(stage.batch_size)
+    self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True)
+
+  def __enter__(self) -> "Reporter":
+    return self
+
+  def __exit__(self, *error) -> None:
+    self.bar.close()
+
+  def settle(self, step: int, ids: list[str], numbers: dict[str, jax.Array]) -> None:
+    """Waits for a step's numbers. Raises NotFinite after config.max_nonfinite bad steps in a row."""
+    values: dict[str, Any] = {key: value.item() for key, value in jax.device_get(numbers).items()}
+    self.clock.tick(values["tokens"])
+    self.bar.update()
+    bad = values["skipped_in_row"]
+    if bad:
+      path = self.folder / "nonfinite.jsonl"
+      with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "ids": ids}) + "\n")
+      self.bar.write(f"step {step}: loss or gradient is not finite; the step is not applied, its samples are named in {path}")
+    if bad or step % self.config.log_every == 0 or step == self.steps:
+      self._write(step, values | self.clock.rates())
+    if bad >= self.config.max_nonfinite:
+      raise NotFinite(f"{self.name}, step {step}: {bad} steps in a row had a loss or gradient that is not finite (max_nonfinite="
+                      f"{self.config.max_nonfinite}); saved. Look at the samples named in {self.folder / 'nonfinite.jsonl'}, or "
+                      "lower the learning rate and use another --workdir")
+
+  def _write(self, step: int, values: dict[str, Any]) -> None:
+    # JSON has no infinities: a number that is not finite is left out of its row.
+    self.log.write({"stage": self.name, "step": step} | {key: value for key, value in values.items() if abs(value) < float("inf")})
+    self.bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['learning_rate']:.1e}",
+                         samples_per_s=f"{values['samples_per_s']:.1f}", tokens_per_s=f"{values['tokens_per_s']:.0f}")
+
+
+class Clock:
+  """Samples and trained tokens a second since the rates were last asked for."""
+
+  def __init__(self, samples_per_step: int):
+    self.samples_per_step = samples_per_step
+    self.since, self.steps, self.tokens = time.perf_counter(), 0, 0.0
+
+  def tick(self, tokens: float) -> None:
+    self.steps += 1
+    self.tokens += tokens
+
+  def rates(self) -> dict[str, float]:
+    now = time.perf_counter()
+    seconds = max(now - self.since, 1e-9)
+    rates = {"samples_per_s": self.steps * self.samples_per_step / seconds, "tokens_per_s": self.tokens / seconds}
+    self.since, self.steps, self.tokens = now, 0, 0.0
+    return rates
