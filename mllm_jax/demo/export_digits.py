@@ -1,8 +1,8 @@
-"""Exports scikit-learn's bundled copy of the UCI optical digits to `assets/digits.npz`; needs scikit-learn, and only this does.
+"""Exports scikit-learn's bundled copy of the UCI optical digits to `assets/digits.npz`. Only this needs scikit-learn.
 
     python -m mllm_jax.demo.export_digits
 
-The split is made here, once, and stored beside the scans: 1437 scans to train on, 360 held out, every digit in proportion.
+The split is made here, once, and stored beside the scans: 1437 to train on, 360 held out, every digit in proportion.
 """
 
 import pathlib
@@ -15,8 +15,8 @@ ATTRIBUTION = """\
 digits.npz holds the 1797 test scans of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak,
 UCI Machine Learning Repository (1998), https://doi.org/10.24432/C50P49, licensed under Creative Commons Attribution 4.0
 International (https://creativecommons.org/licenses/by/4.0/). They were taken from the copy bundled with scikit-learn
-(sklearn.datasets.load_digits). The 8 x 8 scans with their 17 grey levels are unchanged; the split into training and held-out
-scans ("held_out") was added here.
+(sklearn.datasets.load_digits). The 8 x 8 scans with their 17 grey levels are unchanged; the split into training and
+held-out scans ("held_out") was added here.
 """
 
 

@@ -1,13 +1,14 @@
 """Scenes of handwritten digits, and the pictures of them.
 
-A scene is one to five scans, each with a colour, a size and a place, on a dark ground. The picture is cut into a 3 x 3 raster
-of places and into 8 x 8 patches of 14 pixels (what the small vision tower sees); no place holds two digits, and a digit's
-centre lies well inside one patch.
+A scene is one to five scans, each with a colour, a size and a place, on a dark ground. The picture is cut into a 3 x 3
+raster of places and into 8 x 8 patches of 14 pixels (what the small vision tower sees); no place holds two digits, and
+a digit's centre lies well inside one patch.
 """
 
 import dataclasses
 import functools
 import pathlib
+from typing import Callable
 
 import numpy as np
 from PIL import Image
@@ -90,7 +91,8 @@ def load_digits() -> Digits:
     return Digits(stored["scans"], stored["labels"], stored["held_out"])
 
 
-def sample_scene(rng: np.random.Generator, scans: np.ndarray, *, count: int | None = None, jitter: int = JITTER) -> Scene:
+def sample_scene(rng: np.random.Generator, scans: np.ndarray, *, count: int | None = None,
+                 jitter: int = JITTER) -> Scene:
   """A random scene of `count` objects (one to five where None) from the scan indices `scans`."""
   labels = load_digits().labels
   count = int(rng.integers(1, MAX_OBJECTS + 1)) if count is None else count
@@ -98,21 +100,32 @@ def sample_scene(rng: np.random.Generator, scans: np.ndarray, *, count: int | No
   for cell in np.sort(rng.permutation(9)[:count]):
     row, column = divmod(int(cell), 3)
     scan = int(scans[rng.integers(len(scans))])
-    x, y = (int(rng.choice(PATCHES_OF_THIRD[third])) * PATCH_SIZE + PATCH_SIZE // 2 + int(rng.integers(-jitter, jitter + 1))
-            for third in (column, row))
+    x, y = (_centre(rng, third, jitter) for third in (column, row))
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    objects.append(Object(scan, int(labels[scan]), colour, row, column, x, y, int(rng.integers(SIZES.start, SIZES.stop))))
+    size = int(rng.integers(SIZES.start, SIZES.stop))
+    objects.append(Object(scan, int(labels[scan]), colour, row, column, x, y, size))
   return Scene(list(GROUNDS)[rng.integers(len(GROUNDS))], tuple(objects))
+
+
+def _centre(rng: np.random.Generator, third: int, jitter: int) -> int:
+  """A digit's centre along one axis: that of a patch, and up to `jitter` pixels beside it."""
+  patch = int(rng.choice(PATCHES_OF_THIRD[third]))
+  return patch * PATCH_SIZE + PATCH_SIZE // 2 + int(rng.integers(-jitter, jitter + 1))
+
+
+@functools.cache
+def scan_image(scan: int) -> Image.Image:
+  """The scan as an 8 x 8 grey picture, white on black."""
+  return Image.fromarray((load_digits().scans[scan].astype(np.float32) * (255 / 16)).round().astype(np.uint8))
 
 
 @functools.cache
 def glyph(scan: int, size: int) -> np.ndarray:
   """The scan enlarged to size x size, float32 in 0..1: how much of a pixel the ink covers."""
-  scan_image = Image.fromarray((load_digits().scans[scan].astype(np.float32) * (255 / 16)).round().astype(np.uint8))
-  return np.asarray(scan_image.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+  return np.asarray(scan_image(scan).resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
 
 
-def render(scene: Scene, glyphs=glyph) -> np.ndarray:
+def render(scene: Scene, glyphs: Callable[[int, int], np.ndarray] = glyph) -> np.ndarray:
   """The picture, uint8 [112, 112, 3]. `glyphs` gives the ink of (scan, size)."""
   picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
   picture[:] = GROUNDS[scene.ground]

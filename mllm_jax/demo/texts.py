@@ -1,7 +1,7 @@
 """What is said about a scene: captions, and questions with short answers.
 
-Every question has exactly one right answer: an object is referred to by its colour or its digit only where no other object
-shares it, and left or right is asked only of objects in different columns.
+Every question has exactly one right answer: an object is referred to by its colour or its digit only where no other
+object shares it, and left or right is asked only of objects in different columns.
 """
 
 import dataclasses
@@ -127,7 +127,8 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
   return None if made is None else Question(kind, *made)
 
 
-def converse(rng: np.random.Generator, scene: Scene, turns: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
+def converse(rng: np.random.Generator, scene: Scene, turns: int,
+             kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
   """`turns` questions, no wording twice. Their kinds are drawn from `kinds`, in which one may stand several times."""
   chosen: dict[str, Question] = {}
   while len(chosen) < turns:

@@ -1,7 +1,7 @@
 """The demo's tokenizer: a SentencePiece model of the Llama type, as Vicuna's is, whose words are those of the demo.
 
-Byte-pair encoding with byte fallback, ids 0, 1, 2 for <unk>, <s>, </s>, and Vicuna's settings (`legacy` false). Only the
-vocabulary is small, so that every word of the demo is one piece and rows are short.
+Byte-pair encoding with byte fallback, ids 0, 1, 2 for <unk>, <s>, </s>, and Vicuna's settings (`legacy` false). Only
+the vocabulary is small, so that every word of the demo is one piece and rows are short.
 """
 
 import io
@@ -36,8 +36,8 @@ def words() -> set[str]:
 def train() -> bytes:
   """The serialised SentencePiece model."""
   vocabulary = sorted(words())
-  # SentencePiece gives frequent pairs their piece first, so that every word must be frequent enough to become whole. A word
-  # without its space occurs after a line break ("What") and after </s> ("USER"); the comma in front makes that split.
+  # SentencePiece gives frequent pairs their piece first, so that every word must be frequent enough to become whole. A
+  # word without its space occurs after a line break ("What") and after </s> ("USER"); here a comma takes their place.
   capitals = [word for word in vocabulary if word[0].isupper()] + ["USER", "ASSISTANT"]
   lines = [f"{word} " * 40 for word in [*vocabulary, "USER", "ASSISTANT"]]
   lines += [f",{word}" * 60 for word in capitals]
@@ -56,9 +56,9 @@ def write(folder: pathlib.Path, model: bytes) -> None:
   (folder / "tokenizer.model").write_bytes(model)
   special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
   settings = {
-      "add_bos_token": True, "add_eos_token": False, **special, "pad_token": None, "clean_up_tokenization_spaces": False,
-      "legacy": False, "model_max_length": 1024, "padding_side": "right", "sp_model_kwargs": {},
-      "tokenizer_class": "LlamaTokenizer",
+      "add_bos_token": True, "add_eos_token": False, **special, "pad_token": None,
+      "clean_up_tokenization_spaces": False, "legacy": False, "model_max_length": 1024, "padding_side": "right",
+      "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer",
   }
   (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
   (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")

@@ -39,11 +39,13 @@ def write_clip(folder: pathlib.Path, lower: VisionTower, last: towers_vision.Las
   _write(folder, tensors, {
       "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": config.width,
       "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-      "num_channels": 3, "image_size": config.image_size, "patch_size": config.patch_size, "hidden_act": config.activation,
-      "layer_norm_eps": config.norm_eps, "attention_dropout": 0.0, "projection_dim": config.width})
+      "num_channels": 3, "image_size": config.image_size, "patch_size": config.patch_size,
+      "hidden_act": config.activation, "layer_norm_eps": config.norm_eps, "attention_dropout": 0.0,
+      "projection_dim": config.width})
   size = config.image_size
   _write_json(folder / "preprocessor_config.json", {
-      "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": size},
+      "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+      "size": {"shortest_edge": size},
       "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
       "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(config.mean), "image_std": list(config.std)})
 
@@ -55,7 +57,8 @@ def write_llama(folder: pathlib.Path, decoder: Decoder, model: bytes) -> None:
       "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
       "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
       "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_width,
-      "hidden_act": "silu", "max_position_embeddings": 1024, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+      "hidden_act": "silu", "max_position_embeddings": 1024, "rms_norm_eps": config.norm_eps,
+      "rope_theta": config.rope_theta,
       "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tied_embeddings,
       "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
   _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
@@ -99,7 +102,8 @@ def main() -> None:
     model = tokenizer.train()
     decoder = towers_decoder.train(model, DECODER_STEPS)
     write_llama(arguments.out / "llama", decoder, model)
-    print("questions answered from descriptions:", towers_decoder.evaluate(rounded(decoder), towers_decoder.Speaker(model)))
+    speaker = towers_decoder.Speaker(model)
+    print("questions answered from descriptions:", towers_decoder.evaluate(rounded(decoder), speaker, questions=200))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Trains the demo's small Llama on texts alone: it learns to answer questions about scenes that it is *told*.
 
-Where the visual tokens will stand, with as many slots and in the same order, stands a description made of the decoder's own
-word embeddings: an object's patch holds the sum of its colour, digit and place words, every other patch the ground's word,
-and the summary slots in front (one per centre crop) the mean of what lies in the crop. Noise, dropped words, confused digits
-and leaks into neighbouring patches keep the decoder from relying on a perfect description. What a projector then has to
-learn is a map from patch features to such sums.
+Where the visual tokens will stand, with as many slots and in the same order, stands a description made of the decoder's
+own word embeddings: an object's patch holds the sum of its colour, digit and place words, every other patch the
+ground's word, and the summary slots in front (one per centre crop) the mean of what lies in the crop. Noise, dropped
+words, confused digits and leaks into neighbouring patches keep the decoder from relying on a perfect description. What
+a projector then has to learn is a map from patch features to such sums.
 
-Looking things up is what a small decoder does not learn by itself: training starts with drills, in which the key stands right
-before the answer, and goes on to the natural questions and captions.
+Looking things up is what a small decoder does not learn by itself: training starts with drills, in which the key stands
+right before the answer, and goes on to the natural questions and captions.
 """
 
 import functools
@@ -41,12 +41,13 @@ def config(vocab_size: int) -> DecoderConfig:
   return DecoderConfig(vocab_size=vocab_size, width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=344)
 
 
-# --- Descriptions -----------------------------------------------------------------------------------------------------------
+# --- Descriptions --------------------------------------------------------------------------------------------------
 
 
 def _words_of(thing: scenes.Object) -> np.ndarray:
   weights = np.zeros(len(WORDS), np.float32)
-  weights[[INDEX[thing.colour], INDEX[str(thing.digit)], INDEX[scenes.ROWS[thing.row]], INDEX[scenes.COLUMNS[thing.column]]]] = 1
+  for word in (thing.colour, str(thing.digit), scenes.ROWS[thing.row], scenes.COLUMNS[thing.column]):
+    weights[INDEX[word]] = 1
   return weights
 
 
@@ -85,15 +86,16 @@ def _disturbed(rng: np.random.Generator, vector: np.ndarray, noise: float) -> np
 
 def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noise: float,
                numbered: float) -> np.ndarray:
-  """One slot per centre crop: the mean of the objects in it, their number and the ground; now and then only the ground."""
+  """One slot per centre crop: the mean of its objects, their number and the ground; now and then only the ground."""
   slots = np.zeros((len(CROPS), len(WORDS)), np.float32)
   slots[:, INDEX[scene.ground]] = 1
   if rng.random() < 0.4 * noise:
     return slots
   with_number = rng.random() < numbered
   for slot, side in zip(slots, CROPS):
+    crop = range((scenes.GRID - side) // 2, (scenes.GRID + side) // 2)
     inside = [vector for thing, vector in zip(scene.objects, vectors)
-              if all((scenes.GRID - side) // 2 <= i < (scenes.GRID + side) // 2 for i in divmod(thing.patch, scenes.GRID))]
+              if all(i in crop for i in divmod(thing.patch, scenes.GRID))]
     if inside:
       slot += np.mean(inside, axis=0)
     if with_number:
@@ -101,7 +103,7 @@ def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.n
   return slots
 
 
-# --- Rows -------------------------------------------------------------------------------------------------------------------
+# --- Rows ----------------------------------------------------------------------------------------------------------
 
 
 class Speaker:
@@ -140,9 +142,9 @@ class Speaker:
     return [1], parts
 
 
-def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noise: float = 0.0, numbered: float = 1.0,
-               kinds: tuple[str, ...] = tuple(texts.KINDS), questions=None) -> dict:
-  """Arrays of one batch: tokens, targets, weights [B, S], first visual place [B], descriptions [B, slots, words], sigma [B].
+def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noise: float = 0.0,
+               numbered: float = 1.0, kinds: tuple[str, ...] = tuple(texts.KINDS), questions=None) -> dict:
+  """One batch: tokens, targets, weights [B, S], first visual place, sigma [B], descriptions [B, slots, words].
 
   `questions`: (scene, questions) of each row, random ones where None.
   """
@@ -176,7 +178,7 @@ def _excerpt(rng: np.random.Generator, scene: scenes.Scene, description: np.ndar
   return description[np.sort([*objects, *others[: DRILL_SLOTS - len(objects)]])]
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------------
+# --- Training ------------------------------------------------------------------------------------------------------
 
 
 def forward(decoder: Decoder, words: jax.Array, batch: dict, key: jax.Array) -> jax.Array:
@@ -205,10 +207,10 @@ def loss(decoder: Decoder, words: jax.Array, batch: dict, key: jax.Array) -> tup
 def initialise(config: DecoderConfig, seed: int) -> Decoder:
   """A decoder that is inclined to look things up (after Trockman and Kolter, "Mimetic initialization", 2023).
 
-  In all layers but the first (which has to see what stood just before) the query and key maps start out nearly equal, so that
-  a token attends to what resembles it, and the output map as the transpose of the value map, so that it takes over what
-  stands there; the head starts as the transpose of the embedding table. After 150 steps of drills this gave 65 % right answers,
-  a random start 19 %.
+  In all layers but the first (which has to see what stood just before) the query and key maps start out nearly equal,
+  so that a token attends to what resembles it, and the output map as the transpose of the value map, so that it takes
+  over what stands there; the head starts as the transpose of the embedding table. After 150 steps of drills this gave
+  65 % right answers, a random start 19 %.
   """
   decoder = widen(Decoder(config, LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(seed)))
   decoder.embedding.set_value(decoder.embedding[...] * 4)
@@ -249,16 +251,19 @@ def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, se
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(params, state, batch, step):
     key = jax.random.fold_in(jax.random.key(seed), step)
-    (value, hits), grads = jax.value_and_grad(lambda p: loss(nnx.merge(graph, p), words, batch, key), has_aux=True)(params)
+    of_params = lambda params: loss(nnx.merge(graph, params), words, batch, key)
+    (value, hits), grads = jax.value_and_grad(of_params, has_aux=True)(params)
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state, value, hits
 
   start = time.time()
   for step in range(steps):
     kind, noise = plan(step, steps)
-    params, state, value, hits = update(params, state, make_batch(rng, speaker, kind, batch_size, noise, NUMBERED, KINDS), step)
+    batch = make_batch(rng, speaker, kind, batch_size, noise, NUMBERED, KINDS)
+    params, state, value, hits = update(params, state, batch, step)
     if step % 100 < 5 or step == steps - 1:
-      log(f"decoder step {step:5d} {kind:12s} loss {float(value):.3f} right {float(hits):.3f} {time.time() - start:.0f} s")
+      seconds = time.time() - start
+      log(f"decoder step {step:5d} {kind:12s} loss {float(value):.3f} right {float(hits):.3f} {seconds:.0f} s")
     if step % 500 == 499:
       log(evaluate(nnx.merge(graph, params), speaker))
   return nnx.merge(graph, params)

@@ -1,12 +1,12 @@
 """Trains the demo's small CLIP vision tower: contrast between patches and phrases.
 
 Every patch is pulled towards the phrase that describes what is centred in it ("red 7 at the top left", or "navy ground"
-where no digit is) and away from all other phrases; a phrase's vector is the sum of its words' vectors. The loss stands on
-hidden_states[-2], because that is what LLaVA-type models read; the last layer is trained with the same loss afterwards on
-the finished lower ones, so that the checkpoint is whole.
+where no digit is) and away from all other phrases; a phrase's vector is the sum of its words' vectors. The loss stands
+on hidden_states[-2], because that is what LLaVA-type models read; the last layer is trained with the same loss
+afterwards on the finished lower ones, so that the checkpoint is whole.
 
-Digits do not localise by themselves: training starts with digits in the middle of patches, all nine places filled, and lets
-the jitter grow and the scenes thin out to those of the demo.
+Digits do not localise by themselves: training starts with digits in the middle of patches, all nine places filled, and
+lets the jitter grow and the scenes thin out to those of the demo.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from mllm_jax.demo import scenes
 from mllm_jax.models.layers import LayerNorm
 from mllm_jax.models.vision import VisionLayer, VisionTower
 
-CONFIG = VisionConfig(image_size=scenes.IMAGE_SIZE, patch_size=scenes.PATCH_SIZE, width=128, layers=5, heads=4, mlp_width=512)
+CONFIG = VisionConfig(image_size=scenes.IMAGE_SIZE, patch_size=scenes.PATCH_SIZE, width=128, layers=5, heads=4,
+                      mlp_width=512)
 WORDS = (*scenes.COLOURS, *map(str, range(10)), *scenes.ROWS, *scenes.COLUMNS, *scenes.GROUNDS)
 
 
@@ -53,18 +54,13 @@ def distorted_glyph(rng: np.random.Generator, scan: int, size: int) -> np.ndarra
   matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.array([[1, shear], [0, 1]])
   matrix = matrix * (width, height)
   offset = 4 + rng.normal(0, 0.2, 2) - matrix @ (size / 2, size / 2)
-  levels = _levels(scan)
   coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
-  return np.asarray(levels.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC), np.float32) / 255
-
-
-@functools.cache
-def _levels(scan: int) -> Image.Image:
-  return Image.fromarray((scenes.load_digits().scans[scan].astype(np.float32) * (255 / 16)).round().astype(np.uint8))
+  ink = scenes.scan_image(scan).transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+  return np.asarray(ink, np.float32) / 255
 
 
 def make_batch(rng: np.random.Generator, size: int, jitter: int, full_share: float) -> tuple[np.ndarray, np.ndarray]:
-  """Pictures uint8 [B, 112, 112, 3] and the words of each patch [B, 64, words]; `full_share` of them have all nine places filled."""
+  """Pictures uint8 [B, 112, 112, 3] and the words of each patch [B, 64, words]. `full_share`: with nine digits."""
   batch = [scenes.sample_scene(rng, scenes.load_digits().train_indices, jitter=jitter,
                                count=9 if rng.random() < full_share else None) for _ in range(size)]
   glyphs = functools.partial(distorted_glyph, rng)
@@ -86,9 +82,9 @@ class PhraseHead(nnx.Module):
 def contrast(scores: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy of the right phrase among all phrases, and the share of object patches whose phrase scores highest.
 
-  The phrases are all of colour x digit x row x column, and the grounds. Since scores add up, the sum over the product of
-  four sets is the product of four sums: nothing of the size of all phrases is computed. Object and ground patches weigh
-  alike, however many there are of each.
+  The phrases are all of colour x digit x row x column, and the grounds. Since scores add up, the sum over the product
+  of four sets is the product of four sums: nothing of the size of all phrases is computed. Object and ground patches
+  weigh alike, however many there are of each.
   """
   *factors, grounds = word_slices()
   log_sum = jax.nn.logsumexp
@@ -113,7 +109,7 @@ class LastLayer(nnx.Module):
 
 
 def widen(module: nnx.Module) -> nnx.Module:
-  """Kernels of N(0, 1 / fan in) instead of the N(0, 0.02^2) meant for wide models, with which a narrow one starts too slowly."""
+  """Kernels of N(0, 1 / fan in). The N(0, 0.02^2) of wide models lets a narrow one start too slowly."""
   for path, leaf in nnx.iter_graph(module):
     if path and path[-1] == "kernel":
       leaf.set_value(leaf[...] * (50 * leaf.shape[-2] ** -0.5))
@@ -137,7 +133,8 @@ def fit(loss, trainable, frozen, schedule, steps, make, log, name):
   for step in range(steps):
     params, opt_state, value, accuracy = update(params, opt_state, frozen, *make(step))
     if step % 50 == 0 or step == steps - 1:
-      log(f"{name} step {step:5d} loss {float(value):.3f} objects named {float(accuracy):.3f} {time.time() - start:.0f} s")
+      seconds = time.time() - start
+      log(f"{name} step {step:5d} loss {float(value):.3f} objects named {float(accuracy):.3f} {seconds:.0f} s")
   return nnx.merge(graph, params)
 
 
@@ -166,13 +163,14 @@ def train(steps: int, batch_size: int = 64, seed: int = 0, log=print) -> tuple[V
 
   steps = steps // 10
   schedule = optax.cosine_decay_schedule(1e-3, steps)
-  upper = fit(upper_loss, upper, lower, schedule, steps, lambda _: make_batch(rng, batch_size, scenes.JITTER, 0.0), log, "last layer")
+  make = lambda _: make_batch(rng, batch_size, scenes.JITTER, 0.0)
+  upper = fit(upper_loss, upper, lower, schedule, steps, make, log, "last layer")
   return lower, upper[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """Accuracy of linear probes on held-out pictures: digit, colour and place at the objects' patches; object or ground."""
+  """Accuracy of linear probes on held-out pictures: digit, colour and place of objects; object or ground."""
 
   digit: float
   colour: float
@@ -212,8 +210,9 @@ def _softmax_regression(x: jax.Array, y: jax.Array, steps: int = 400) -> tuple[j
 
   def step(carry, _):
     params, state = carry
-    loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(x @ p[0] + p[1], y).mean() + 1e-4 * jnp.sum(p[0] ** 2)
-    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    cross_entropy = lambda p: optax.softmax_cross_entropy_with_integer_labels(x @ p[0] + p[1], y).mean()
+    grads = jax.grad(lambda p: cross_entropy(p) + 1e-4 * jnp.sum(p[0] ** 2))(params)
+    updates, state = optimizer.update(grads, state)
     return (optax.apply_updates(params, updates), state), None
 
   return jax.lax.scan(step, (params, optimizer.init(params)), None, steps)[0][0]

@@ -42,8 +42,8 @@ class Sizes:
 def write(folder: str | os.PathLike, *, seed: int = 0, sizes: Sizes = Sizes()) -> pathlib.Path:
   """Writes the data set into `folder` and returns it. What is finished already, with the same seed and sizes, is kept.
 
-  Everything is written beside the folder and renamed at the end, so that an interrupted run leaves no half of a data set.
-  Raises FileExistsError where the folder holds something that was not written here.
+  Everything is written beside the folder and renamed at the end, so that an interrupted run leaves no half of a data
+  set. Raises FileExistsError where the folder holds something that was not written here.
   """
   folder = pathlib.Path(folder)
   stamp = {"version": VERSION, "seed": seed, **dataclasses.asdict(sizes)}

@@ -1,4 +1,4 @@
-"""The shipped towers and tokenizer: their size, their files, and that they are what the project and transformers read."""
+"""The shipped towers and tokenizer: their size, and that the project and transformers can read them."""
 
 import pathlib
 
@@ -57,7 +57,8 @@ def test_transformers_reads_the_configurations():
   vision = transformers.AutoConfig.from_pretrained(ASSETS / "clip")
   assert type(vision).__name__ == "CLIPVisionConfig" and (vision.image_size, vision.patch_size) == (112, 14)
   language = transformers.AutoConfig.from_pretrained(ASSETS / "llama")
-  assert type(language).__name__ == "LlamaConfig" and language.head_dim * language.num_attention_heads == language.hidden_size
+  assert type(language).__name__ == "LlamaConfig"
+  assert language.head_dim * language.num_attention_heads == language.hidden_size
   tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "llama")
   assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
   assert len(tokenizer) == language.vocab_size
@@ -81,9 +82,10 @@ def test_the_decoder_was_trained_on_rows_as_the_templates_make_them(tokenizer, s
     turns = []
     for i, question in enumerate(questions):
       turns += [Turn("human", ("" if i else "<image>\n") + question.text), Turn("gpt", question.answer)]
+    captioned = [Turn("human", "<image>"), Turn("gpt", caption)]
     for expected, (before, parts) in (
         (chat.encode(turns, "vicuna_v1", tokenizer, 1), speaker.conversation(questions)),
-        (chat.encode([Turn("human", "<image>"), Turn("gpt", caption)], "plain", tokenizer, 1), speaker.caption(caption))):
+        (chat.encode(captioned, "plain", tokenizer, 1), speaker.caption(caption))):
       ids = [*before, PICTURE, *(i for part, _ in parts for i in part)]
       trained_on = [False] * (len(before) + 1) + [on for part, on in parts for _ in part]
       np.testing.assert_array_equal(ids, expected.ids)

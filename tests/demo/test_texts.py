@@ -35,15 +35,18 @@ def only(found):
 def answer(scene, question):
   """The answer by reading the question."""
   rules = [
-      (r"(?:What digit is|Which digit stands) at the (.*)", lambda at: only(find(scene, f"the digit at the {at}"))["digit"]),
+      (r"(?:What digit is|Which digit stands) at the (.*)",
+       lambda at: only(find(scene, f"the digit at the {at}"))["digit"]),
       (r"(?:What digit is|Which digit is written in) (\w+)", lambda c: only(find(scene, f"the {c} digit"))["digit"]),
       (r"Where (?:is|does) (.*?)(?: stand)?", lambda name: only(find(scene, name))["at"]),
       (r"How many digits (?:are there|does the picture show)", lambda: NUMBERS[len(scene.objects)]),
       (r"How many digits are (\w+)", lambda c: NUMBERS[len(find(scene, f"the {c} digit"))]),
       (r"How many (\w+) digits are there", lambda c: NUMBERS[len(find(scene, f"the {c} digit"))]),
-      (r"How many times (?:is there a|does the) digit (\d)(?: stand there)?", lambda d: NUMBERS[len(find(scene, f"a digit {d}"))]),
+      (r"How many times (?:is there a|does the) digit (\d)(?: stand there)?",
+       lambda d: NUMBERS[len(find(scene, f"a digit {d}"))]),
       (r"(?:What colour is the ground|Which colour does the ground show)", lambda: scene.ground),
-      (r"(?:What colour|In which colour) is (the digit .*?)(?: written)?", lambda name: only(find(scene, name))["colour"]),
+      (r"(?:What colour|In which colour) is (the digit .*?)(?: written)?",
+       lambda name: only(find(scene, name))["colour"]),
       (r"(?:Is|Does) (the .*?)(?: stand)? left or right of (the .*)",
        lambda a, b: "left" if only(find(scene, a))["x"] < only(find(scene, b))["x"] else "right"),
       (r"(?:Is there|Does the picture show) (a .*)", lambda name: "yes" if find(scene, name) else "no"),
