@@ -1,0 +1,123 @@
+"""Every recipe at its real size, with shapes instead of arrays: its step traces, and its parameters are those of the paper."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mllm_jax import build, parameters, preflight, sharding
+from mllm_jax.batch import Batch
+from mllm_jax.config import Config, ConfigError, from_dict, to_dict
+from mllm_jax.models import projectors
+from mllm_jax.models.mllm import abstract
+from mllm_jax.training import optimizer as optimizer_lib, step as step_lib
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+PROJECTOR = {"llava15": 20_979_712, "sp_cropping": 923_550_208, "sp_pooling": 923_546_112}
+VISION_L_OF_23_LAYERS = 290_909_184  # CLIP-L/14-336 without its last layer and post-norm
+VICUNA = {"7b": 6_738_415_616, "13b": 13_015_864_320}
+LORA_7B = 319_815_680
+
+
+def load(path: Path, variant: str = "") -> Config:
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert f"--config=configs/{path.name}" in module.__doc__
+  return module.get_config(variant)
+
+
+def count(flat, *starts: str, without: str = "nothing") -> int:
+  return sum(math.prod(x.shape) for path, x in flat.items() if path.startswith(starts) and without not in path)
+
+
+def abstract_batch(config, stage, rows: int) -> Batch:
+  places, size, crops = stage.data.max_length, config.vision.image_size, stage.data.max_images
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((stage.accumulation, rows, *dims), dtype)
+  ids = {name: shape(jnp.int32, places) for name in ("tokens", "targets", "segment_ids", "positions", "visual_index")}
+  return Batch(**ids, loss_weights=shape(jnp.float32, places), pixels=shape(jnp.uint8, crops, size, size, 3),
+               grids=shape(jnp.int32, crops, 2))
+
+
+@pytest.mark.parametrize("variant", ["", "demo"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_both_stages_trace_at_full_size(path, variant):
+  config = load(path, variant)
+  mesh = sharding.make_mesh(config.mesh, jax.devices())
+  for name in preflight.stage_names(config):
+    stage = getattr(config, name)
+    preflight.check_stage(name, stage, sharding.batch_shards(mesh), 1)
+    model = build.architecture(config.model, stage.lora)
+    graphdef, flat = parameters.flatten(abstract(model))
+    rates = parameters.match(stage.parameters, list(flat), name)
+    sharding.parameter_shardings(flat, mesh)
+    if not variant:
+      assert count(flat, "projector/") == PROJECTOR[path.stem]
+      assert count(flat, "vision/") == VISION_L_OF_23_LAYERS
+      assert count(flat, "decoder/", without="/lora/") == VICUNA["7b"]
+      assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (LORA_7B if name == "finetune" else 0)
+    dtype = lambda path: jnp.float32 if rates[path] else jnp.dtype(config.model.frozen_dtype)
+    arrays = {path: jax.ShapeDtypeStruct(x.shape, dtype(path)) for path, x in flat.items()}
+    trainable = {path: x for path, x in arrays.items() if rates[path]}
+    frozen = {path: x for path, x in arrays.items() if not rates[path]}
+    optimizer = optimizer_lib.make(stage, trainable)
+    state = jax.eval_shape(lambda t: step_lib.initial_state(optimizer, t, mesh), trainable)
+    step = step_lib.make_step(graphdef, stage, {path: rates[path] for path in trainable}, 100, 0, mesh, optimizer,
+                              step_lib.state_shardings(optimizer, trainable, mesh))
+    with jax.set_mesh(mesh):
+      after, metrics = jax.eval_shape(step, state, frozen, abstract_batch(model, stage, stage.batch_size // stage.accumulation))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+    assert stage.data.max_length > projectors.tokens_per_crop(model)
+
+
+def test_vicuna_13b_has_the_released_size():
+  config = load(RECIPES[0])
+  config.model.llm = "weights/vicuna-13b-v1.5"
+  _, flat = parameters.flatten(abstract(build.architecture(config.model, config.pretrain.lora)))
+  assert count(flat, "decoder/") == VICUNA["13b"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_papers_hyper_parameters(path):
+  config = load(path)
+  pretrain, finetune = config.pretrain, config.finetune
+  assert (pretrain.batch_size, finetune.batch_size) == (256, 128)
+  assert dict(pretrain.parameters)["projector/.*"] == 1e-3
+  assert sorted(rate for _, rate in finetune.parameters if rate) == [2e-5, 2e-4]
+  assert (finetune.lora.rank, finetune.lora.alpha, finetune.lora.dropout) == (128, 256.0, 0.05)
+  for stage in (pretrain, finetune):
+    assert (stage.warmup_ratio, stage.weight_decay, stage.epochs, stage.clip_norm) == (0.03, 0.0, 1.0, 0.0)
+  assert pretrain.data.template == "plain" and finetune.data.template == "vicuna_v1" and finetune.data.max_length == 2048
+
+
+def test_an_unknown_variant_is_an_error():
+  with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
+    load(RECIPES[0], "demos")
+
+
+def test_a_configuration_survives_json_and_an_unknown_field_does_not():
+  config = load(RECIPES[0])
+  import json
+  content = json.loads(json.dumps(to_dict(config)))
+  assert from_dict(Config, content) == config
+  content["pretrain"]["batchsize"] = 3
+  with pytest.raises(ConfigError, match="config.pretrain has no field batchsize"):
+    from_dict(Config, content)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = preflight.in_workdir(load(path), "runs/x")
+  text = preflight.explain_missing(preflight.missing_files(config), f"configs/{path.name}")
+  for words in ("hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
+                "hf download lmsys/vicuna-7b-v1.5 --local-dir weights/vicuna-7b-v1.5",
+                f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+                "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json",
+                f"--config=configs/{path.name}:demo"):
+    assert words in text
+  assert preflight.missing_files(preflight.in_workdir(load(path, "demo"), "runs/x")) == []
