@@ -128,6 +128,7 @@ class Speaker:
     return self.start, parts
 
   def caption(self, text: str) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """The same of a caption."""
     return [1], [(self.pieces.encode(text + "\n"), True)]
 
   def drill(self, rng: np.random.Generator, scene: scenes.Scene) -> tuple[list[int], list[tuple[list[int], bool]]]:
@@ -148,9 +149,8 @@ def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int,
 
   `questions`: (scene, questions) of each row, random ones where None.
   """
-  length = LENGTHS[kind]
-  tokens = np.zeros((rows, length + 1), np.int32)
-  trained = np.zeros((rows, length + 1), np.float32)
+  length = LENGTHS[kind] + 1
+  tokens, trained = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.float32)
   first, descriptions = np.zeros(rows, np.int32), []
   for row in range(rows):
     scene, asked = questions[row] if questions else (scenes.sample_scene(rng, scenes.load_digits().train_indices), None)
@@ -162,10 +162,11 @@ def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int,
     else:
       before, parts = speaker.drill(rng, scene)
       description = _excerpt(rng, scene, description)
-    ids = before + [0] * len(description) + [i for part, _ in parts for i in part]
-    mask = [0] * (len(before) + len(description)) + [int(on) for part, on in parts for _ in part]
-    ids, mask = ids[: length + 1], mask[: length + 1]
-    tokens[row, : len(ids)], trained[row, : len(ids)], first[row] = ids, mask, len(before)
+    parts = [(before + [0] * len(description), False), *parts]
+    ids = [i for part, _ in parts for i in part][:length]
+    tokens[row, : len(ids)] = ids
+    trained[row, : len(ids)] = [on for part, on in parts for _ in part][:length]
+    first[row] = len(before)
     descriptions.append(description)
   return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=trained[:, 1:], first=first,
               descriptions=np.stack(descriptions), sigma=rng.uniform(0, 0.6 * noise, rows).astype(np.float32))
