@@ -235,6 +235,21 @@ def from_dict(cls: type, content: dict[str, Any], where: str = "config") -> Any:
   return cls(**values)
 
 
+def check_types(config: Any, where: str = "config") -> None:
+  """Raises ConfigError where a field holds another type than it is declared with, such as "16" for 16."""
+  for name, hint in typing.get_type_hints(type(config)).items():
+    value, field = getattr(config, name), f"{where}.{name}"
+    if dataclasses.is_dataclass(hint):
+      if not isinstance(value, hint):
+        raise ConfigError(f"{field} must be a {hint.__name__}, and is {value!r}")
+      check_types(value, field)
+      continue
+    kind = typing.get_origin(hint) or hint
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+      raise ConfigError(f"{field} must be of type {kind.__name__}, and is {value!r}")
+
+
 def _frozen(value: Any) -> Any:
   """JSON knows lists only; the fields are tuples."""
   return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -59,17 +59,26 @@ def table(flat: Mapping[str, Any], learning_rates: Mapping[str, float]) -> str:
     parts = path.split("/")
     group = "/".join(parts[:2]) + (" (LoRA)" if "lora" in parts else "")
     groups.setdefault((group, learning_rates[path], str(jnp.dtype(array.dtype))), []).append(array)
-  rows = [("parameters", "count", "type", "MiB", "learning rate")]
+  rows = [("parameters", "count", "type", "bytes", "learning rate")]
   for (group, rate, dtype), arrays in groups.items():
     count, size = sum(a.size for a in arrays), sum(a.size * a.dtype.itemsize for a in arrays)
-    rows.append((group, f"{count:,}", dtype, f"{size / 2**20:,.1f}", f"{rate:g}" if rate else "frozen"))
+    rows.append((group, f"{count:,}", dtype, readable(size), f"{rate:g}" if rate else "frozen"))
   for name, trained in (("trained", True), ("frozen", False)):
     arrays = [a for path, a in flat.items() if bool(learning_rates[path]) == trained]
     size = sum(a.size * a.dtype.itemsize for a in arrays)
-    rows.append((f"all {name}", f"{sum(a.size for a in arrays):,}", "", f"{size / 2**20:,.1f}", ""))
+    rows.append((f"all {name}", f"{sum(a.size for a in arrays):,}", "", readable(size), ""))
   widths = [max(len(row[i]) for row in rows) for i in range(5)]
   line = lambda row: "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
   return "\n".join([line(rows[0]), "-" * len(line(rows[0]))] + [line(row) for row in rows[1:]])
+
+
+def readable(size: int) -> str:
+  """Bytes in the unit that suits them."""
+  for unit in ("B", "KiB", "MiB"):
+    if size < 1024:
+      return f"{size:.4g} {unit}"
+    size /= 1024
+  return f"{size:,.2f} GiB"
 
 
 def norm(tree: Any) -> jax.Array:

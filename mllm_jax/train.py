@@ -20,9 +20,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from mllm_jax import config as config_lib, preflight
-from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
+from mllm_jax.config import Config, ConfigError, StageConfig, check_types, to_dict
 from mllm_jax.data.records import DataError
 from mllm_jax.weights.known import WeightsError
+
 
 class Stop:
   """Remembers the first SIGTERM or SIGINT, so that the step under way can end and be saved. A second one interrupts at once."""
@@ -339,6 +340,7 @@ def parse(argv: list[str]) -> tuple[Config, Path, str]:
     if not Path(file).is_file():
       raise ConfigError(f"--config={file}: no such file; the recipes are in configs/")
     raise ConfigError(f"{file}: get_config must return a mllm_jax.config.Config")
+  check_types(config.value)
   return config.value, Path(workdir.value or f"runs/{config.value.name}"), file
 
 

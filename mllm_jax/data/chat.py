@@ -127,6 +127,7 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
     raise DataError(
       f"{folder}: holds no tokenizer; looked for {', '.join(TOKENIZER_FILES)}; copy the language model's there"
     )
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not missing here: tokenizers need none
   from transformers import AutoTokenizer  # takes a second, and most of this package does without it
 
   try:

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from mllm_jax.training.step import TrainState
 
+BOOKKEEPING = 2**24  # bytes; what orbax writes beside the arrays, with room to spare
 
 class CheckpointError(RuntimeError):
   """A checkpoint that cannot be written, or does not fit the run; the message names the folder and the remedy."""
@@ -40,8 +41,9 @@ class Checkpoints:
       return
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     free = shutil.disk_usage(self.folder).free
-    if free < 1.1 * size:
-      raise CheckpointError(f"{self.folder}: a checkpoint needs {size / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+    needed = 1.1 * size + BOOKKEEPING
+    if free < needed:
+      raise CheckpointError(f"{self.folder}: a checkpoint needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
                             "make room and start the same command again, it continues from the last checkpoint")
     with self._explained():
       self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta)))
