@@ -53,10 +53,10 @@ def demo(name: str, projector: ProjectorConfig) -> Config:
       model=ModelRecipe(vision=str(DEMO_ASSETS / "clip"), llm=str(DEMO_ASSETS / "llama"), projector=projector,
                         dtype="float32", frozen_dtype="float32", remat="none"),
       pretrain=StageConfig(
-          data=DataConfig(path="{workdir}/data/pretrain.json", template="plain", max_length=112, **data),
+          data=DataConfig(path="{workdir}/data/pretrain.json", template="plain", max_length=120, **data),
           parameters=parameter_table(projector=3e-3), batch_size=16, steps=220),
       finetune=StageConfig(
-          data=DataConfig(path="{workdir}/data/finetune.json", template="vicuna_v1", max_length=224, **data),
+          data=DataConfig(path="{workdir}/data/finetune.json", template="vicuna_v1", max_length=192, **data),
           lora=LoraConfig(rank=32, alpha=64.0, dropout=0.0),
           parameters=parameter_table(projector=1.5e-3, lora=1.5e-3), batch_size=16, steps=500),
       evaluation=EvaluationConfig(path="{workdir}/data/heldout.json", batch_size=64, max_new_tokens=8, **data),

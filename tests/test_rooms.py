@@ -1,0 +1,68 @@
+"""The rooms of the package: who may import whom, and what the models can do without."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "mllm_jax"
+# A room may import from those on its own line's right and from nothing else of the package.
+ALLOWED = {
+    "config": set(),
+    "batch": set(),
+    "parameters": {"config"},
+    "sharding": {"batch", "config"},
+    "models": {"batch", "config", "sharding"},
+    "data": {"batch", "config"},
+    "weights": {"config", "models"},
+    "training": {"batch", "config", "data", "models", "parameters", "sharding"},
+    "inference": {"batch", "config", "data", "models", "sharding"},
+    "report": {"config", "data", "inference"},
+    "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
+    "recipes": {"config"},
+    "preflight": {"config", "weights"},
+    "build": {"config", "data", "models", "parameters", "sharding", "training", "weights"},
+    "generate": {"build", "config", "data", "inference", "weights"},
+    "train": {"build", "config", "data", "demo", "inference", "models", "parameters", "preflight", "report", "sharding", "training",
+              "weights"},
+    "__init__": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+  """The rooms of this package that a file imports from."""
+  rooms = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == "mllm_jax":
+      rooms |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mllm_jax."):
+      rooms.add(node.module.split(".")[1])
+    elif isinstance(node, ast.Import):
+      rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mllm_jax.")}
+  return rooms
+
+
+def test_arrows_between_rooms_point_one_way():
+  wrong = []
+  for path in PACKAGE.rglob("*.py"):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    extra = imports(path) - ALLOWED[room] - {room}
+    if extra:
+      wrong.append(f"{path.relative_to(PACKAGE)} imports {sorted(extra)}")
+  assert not wrong, wrong
+
+
+def test_models_and_the_step_need_only_jax_flax_optax_and_numpy():
+  blocked = ["grain", "ml_collections", "array_record", "transformers", "tokenizers", "PIL", "tensorboardX", "torch", "safetensors"]
+  code = (f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+          "import mllm_jax.models.mllm, mllm_jax.training.step, mllm_jax.sharding, mllm_jax.parameters")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_a_mistyped_command_is_answered_before_anything_heavy_is_imported():
+  code = ("import sys\nfrom mllm_jax import train\nstatus = train.main(['train', '--config=configs/sp_cropping.py', '--workdir=x'])\n"
+          "heavy = {'jax', 'flax', 'orbax', 'transformers', 'grain', 'torch', 'tensorflow'} & set(sys.modules)\n"
+          "assert status == 2 and not heavy, (status, heavy)")
+  result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  assert "configs/sp_cropping.py needs" in result.stderr
