@@ -1,7 +1,8 @@
 """Batch: the one thing that crosses from host to device.
 
-Letters used all over the project: B batch rows, S sequence, K crops per row, P patches per crop, C vision width, T visual
-tokens per crop, D decoder width, H heads, N head width, V vocabulary, F feed-forward width, L layers, R LoRA rank.
+Letters used all over the project: B batch rows, S sequence, K crops per row, P patches per crop, C vision width, T
+visual tokens per crop, D decoder width, H heads, N head width, V vocabulary, F feed-forward width, L layers, R LoRA
+rank.
 """
 
 import dataclasses

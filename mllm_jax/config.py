@@ -1,9 +1,9 @@
 """The typed configuration: what a model is, what a stage does, where things are.
 
-Two families of classes. *Architectures* (`VisionConfig`, `DecoderConfig`, `LoraConfig`, `ProjectorConfig`, `ModelConfig`)
-say everything that `mllm_jax.models` needs and nothing else. *Recipes* (`Config` and what it holds) say what a run does; the
-files in `configs/` return one, and `--config.a.b=value` overrides a field of it. An optional number is 0 where it is absent
-and an optional text is "", so that every field can be overridden from the command line.
+Two families of classes. *Architectures* (`VisionConfig`, `DecoderConfig`, `LoraConfig`, `ProjectorConfig`,
+`ModelConfig`) say everything that `mllm_jax.models` needs and nothing else. *Recipes* (`Config` and what it holds) say
+what a run does; the files in `configs/` return one, and `--config.a.b=value` overrides a field of it. An optional
+number is 0 where it is absent and an optional text is "", so that every field can be overridden from the command line.
 
 Only the standard library is imported here: every other room may read the configuration.
 """
@@ -16,8 +16,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# Architectures must be hashable by value: they are static parts of compiled functions. They are not frozen only because the
-# command line sets their fields before anything is built.
+# Architectures must be hashable by value: they are static parts of compiled functions. They are not frozen only because
+# the command line sets their fields before anything is built.
 architecture = dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 recipe = dataclasses.dataclass(kw_only=True)
 
@@ -88,7 +88,8 @@ class ProjectorConfig:
 
   kind: "spatial" (LLaVA-SP: spatial tokens, then patch tokens) or "mlp2x_gelu" (LLaVA-1.5: patch tokens only).
   maps: "cropping" (centre crops that grow to the whole map) or "pooling" (the whole map, pooled to growing sizes).
-  stride: patches by which a crop grows on each side; the sizes are 2 stride, 4 stride, ... up to the grid (paper, table 4).
+  stride: patches by which a crop grows on each side; the sizes are 2 stride, 4 stride, ... up to the grid
+    (paper, table 4).
   sizes: the map sizes themselves, smallest first, where they should not follow from the stride.
   dfi_kernel: kernel of the detail map of DFI (paper, table 6; its stride is 2); 0 leaves DFI out.
   conv_width: channels of a spatial token before the last linear layer.
@@ -112,7 +113,8 @@ class ModelConfig:
   """Everything that `models.mllm.Mllm` is built from.
 
   dtype: of the computation ("bfloat16", "float32"); norms, softmax, logits and losses are always float32.
-  remat: what the decoder's backward pass recomputes: "none", "named" (keeps the attention's and the MLP's inputs) or "full".
+  remat: what the decoder's backward pass recomputes: "none", "named" (keeps what attention and the MLP's products gave)
+    or "full".
   """
 
   vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
@@ -127,8 +129,8 @@ class ModelConfig:
 class ModelRecipe:
   """Where the weights come from (Hugging Face folders), and what stands between the towers.
 
-  projector_weights: a released projector (mm_projector.bin, model.bin, non_lora_trainables.bin or .safetensors) to start from
-  instead of a random one.
+  projector_weights: a released projector (mm_projector.bin, model.bin, non_lora_trainables.bin or .safetensors) to
+  start from instead of a random one.
   """
 
   vision: str = "weights/clip-vit-large-patch14-336"
@@ -144,8 +146,8 @@ class ModelRecipe:
 class DataConfig:
   """One data set: a LLaVA JSON or JSONL file and the folder its image paths are relative to.
 
-  "{workdir}" in a path stands for the run's folder. Rows longer than max_length are truncated after the visual tokens stand
-  in them; every row has max_length places. max_images is the number of image crops a row has room for.
+  "{workdir}" in a path stands for the run's folder. Rows longer than max_length are truncated after the visual tokens
+  stand in them; every row has max_length places. max_images is the number of image crops a row has room for.
   """
 
   path: str = ""
@@ -157,8 +159,8 @@ class DataConfig:
 
 @recipe
 class StageConfig:
-  """One training stage. `parameters` is a table of (regular expression, learning rate); rate 0 freezes. Each parameter's path
-  must be matched in full by exactly one row."""
+  """One training stage. `parameters` is a table of (regular expression, learning rate); rate 0 freezes. Each
+  parameter's path must be matched in full by exactly one row."""
 
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -211,7 +213,7 @@ class Config:
   log_every: int = 10
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
-  max_nonfinite: int = 5  # steps in a row with a loss or gradient that is not finite, after which the run saves and stops
+  max_nonfinite: int = 5  # steps in a row whose loss or gradient is not finite, after which the run saves and stops
   loader_threads: int = 4
   wandb_project: str = ""
 
@@ -230,8 +232,10 @@ def from_dict(cls: type, content: dict[str, Any], where: str = "config") -> Any:
   unknown = sorted(set(content) - set(hints))
   if unknown:
     raise ConfigError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
-  values = {name: from_dict(hints[name], value, f"{where}.{name}") if dataclasses.is_dataclass(hints[name]) else _frozen(value)
-            for name, value in content.items()}
+  values = {
+    name: from_dict(hints[name], value, f"{where}.{name}") if dataclasses.is_dataclass(hints[name]) else _frozen(value)
+    for name, value in content.items()
+  }
   return cls(**values)
 
 

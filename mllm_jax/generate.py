@@ -34,22 +34,49 @@ class Parser(argparse.ArgumentParser):
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line, `sampling` made of three of its values. Exits with status 2 where one is out of range."""
-  parser = Parser(prog="python -m mllm_jax.generate", description="Ask a trained model about pictures.",
-                  epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-  parser.add_argument("--workdir", required=True, metavar="DIR",
-                      help="folder of a training run with a checkpoint in it")
-  parser.add_argument("--image", action="append", default=[], metavar="FILE", dest="images",
-                      help="a picture; give it again for each further one; without any, only the text is asked")
-  parser.add_argument("--prompt", required=True, metavar="TEXT",
-                      help="the question; the pictures come before it")
-  parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
-                      help="0 always takes the likeliest token, higher is more varied (default: 0)")
-  parser.add_argument("--top_p", type=float, default=1.0, metavar="P",
-                      help="draw from the likeliest tokens that together have this probability (default: 1, from all)")
-  parser.add_argument("--top_k", type=int, default=0, metavar="K",
-                      help="draw from this many of the likeliest tokens (default: 0, from all)")
-  parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N",
-                      help="longest answer in tokens (default: 128)")
+  parser = Parser(
+    prog="python -m mllm_jax.generate",
+    description="Ask a trained model about pictures.",
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--workdir", required=True, metavar="DIR", help="folder of a training run with a checkpoint in it"
+  )
+  parser.add_argument(
+    "--image",
+    action="append",
+    default=[],
+    metavar="FILE",
+    dest="images",
+    help="a picture; give it again for each further one; without any, only the text is asked",
+  )
+  parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question; the pictures come before it")
+  parser.add_argument(
+    "--temperature",
+    type=float,
+    default=0.0,
+    metavar="T",
+    help="0 always takes the likeliest token, higher is more varied (default: 0)",
+  )
+  parser.add_argument(
+    "--top_p",
+    type=float,
+    default=1.0,
+    metavar="P",
+    help="draw from the likeliest tokens that together have this probability (default: 1, from all)",
+  )
+  parser.add_argument(
+    "--top_k",
+    type=int,
+    default=0,
+    metavar="K",
+    help="draw from this many of the likeliest tokens (default: 0, from all)",
+  )
+  parser.add_argument(
+    "--max_new_tokens", type=int, default=128, metavar="N", help="longest answer in tokens (default: 128)"
+  )
   parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws another answer (default: 0)")
   args = parser.parse_args(argv)
   if not args.prompt.replace(IMAGE_PLACEHOLDER, "").strip():
@@ -85,8 +112,9 @@ def with_placeholders(prompt: str, count: int) -> str:
   """
   written = prompt.count(IMAGE_PLACEHOLDER)
   if written not in (0, count):
-    raise DataError(f"--prompt says {IMAGE_PLACEHOLDER} {written} times, and --image names {count}; "
-                    "give one for each picture")
+    raise DataError(
+      f"--prompt says {IMAGE_PLACEHOLDER} {written} times, and --image names {count}; give one for each picture"
+    )
   return prompt if written else f"{IMAGE_PLACEHOLDER}\n" * count + prompt
 
 
@@ -104,8 +132,10 @@ def answer(args: argparse.Namespace) -> None:
   restored = restore(args.workdir)
   processor = restored.processor
   batch = collate([processor.prompt([question], pictures)])
-  note(f"{args.workdir}: model of the stage {restored.stage}, read in {time.perf_counter() - start:.1f} s; "
-       "the first token waits for compilation")
+  note(
+    f"{args.workdir}: model of the stage {restored.stage}, read in {time.perf_counter() - start:.1f} s; "
+    "the first token waits for compilation"
+  )
   engine = Engine(restored.model, processor.tokenizer.eos_id)
   text = Detokenizer(processor.tokenizer.decode)
   count = 0

@@ -1,11 +1,12 @@
 """A model's parameters as a flat dictionary {path: array}, and the tables of rules over those paths.
 
-A path is the way to the array through the modules, joined by "/": `decoder/layers/q_proj/kernel`. Training, checkpoints,
-sharding and weight conversion all speak of parameters by these names.
+A path is the way to the array through the modules, joined by "/": `decoder/layers/q_proj/kernel`. Training,
+checkpoints, sharding and weight conversion all speak of parameters by these names.
 """
 
 import re
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ def unflatten(graphdef: nnx.GraphDef, flat: Mapping[str, Any]) -> nnx.Module:
 def match(rules: tuple[tuple[str, Any], ...], paths: list[str], name: str) -> dict[str, Any]:
   """{path: the value of the one rule whose pattern matches the whole path}.
 
-  Raises ConfigError, naming all offenders, where a path is matched by no rule or by several, or a rule matches nothing: a
-  parameter that is silently frozen, or trained, costs days.
+  Raises ConfigError, naming all offenders, where a path is matched by no rule or by several, or a rule matches nothing:
+  a parameter that is silently frozen, or trained, costs days.
   """
   problems, found, used = [], {}, set()
   for path in paths:
@@ -47,7 +48,9 @@ def match(rules: tuple[tuple[str, Any], ...], paths: list[str], name: str) -> di
   problems += [f"the rule {pattern!r} matches no parameter" for i, (pattern, _) in enumerate(rules) if i not in used]
   if problems:
     shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
-    raise ConfigError(f"{name}: each parameter must be matched by exactly one rule, and each rule by some parameter:\n  {shown}")
+    raise ConfigError(
+      f"{name}: each parameter must be matched by exactly one rule, and each rule by some parameter:\n  {shown}"
+    )
   return found
 
 
@@ -68,7 +71,9 @@ def table(flat: Mapping[str, Any], learning_rates: Mapping[str, float]) -> str:
     size = sum(a.size * a.dtype.itemsize for a in arrays)
     rows.append((f"all {name}", f"{sum(a.size for a in arrays):,}", "", readable(size), ""))
   widths = [max(len(row[i]) for row in rows) for i in range(5)]
-  line = lambda row: "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
+  line = lambda row: "  ".join(
+    [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+  )
   return "\n".join([line(rows[0]), "-" * len(line(rows[0]))] + [line(row) for row in rows[1:]])
 
 

@@ -1,4 +1,4 @@
-"""What must be right before a run starts, checked in seconds: files, names, sizes. Nothing heavy is imported or read here."""
+"""What must be right before a run starts, checked in seconds: files, names, sizes. Nothing heavy is imported."""
 
 import dataclasses
 import os
@@ -9,15 +9,17 @@ from mllm_jax.weights.known import lookup
 
 # Published data sets by the name of their annotation file: how to get the file, and how to get the pictures.
 DATA_COMMANDS = {
-    "blip_laion_cc_sbu_558k.json": (
-        "hf download liuhaotian/LLaVA-Pretrain blip_laion_cc_sbu_558k.json --repo-type dataset --local-dir {folder}",
-        "hf download liuhaotian/LLaVA-Pretrain images.zip --repo-type dataset --local-dir {folder} && "
-        "unzip -q {folder}/images.zip -d {images}"),
-    "llava_v1_5_mix665k.json": (
-        "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json --repo-type dataset --local-dir {folder}",
-        "put the pictures of COCO train2017, GQA, OCR-VQA, TextVQA and Visual Genome into {images}/coco/train2017, gqa/images, "
-        "ocr_vqa/images, textvqa/train_images, vg/VG_100K and vg/VG_100K_2; for COCO: "
-        "curl -LO http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip -d {images}/coco"),
+  "blip_laion_cc_sbu_558k.json": (
+    "hf download liuhaotian/LLaVA-Pretrain blip_laion_cc_sbu_558k.json --repo-type dataset --local-dir {folder}",
+    "hf download liuhaotian/LLaVA-Pretrain images.zip --repo-type dataset --local-dir {folder} && "
+    "unzip -q {folder}/images.zip -d {images}",
+  ),
+  "llava_v1_5_mix665k.json": (
+    "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json --repo-type dataset --local-dir {folder}",
+    "put the pictures of COCO train2017, GQA, OCR-VQA, TextVQA and Visual Genome into {images}/coco/train2017, gqa/images,"
+    " ocr_vqa/images, textvqa/train_images, vg/VG_100K and vg/VG_100K_2; for COCO: "
+    "curl -LO http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip -d {images}/coco",
+  ),
 }
 
 
@@ -46,20 +48,28 @@ def in_workdir(config: Config, workdir: str) -> Config:
     return dataclasses.replace(part, path=fill(part.path), image_folder=fill(part.image_folder))
 
   fill_stage = lambda stage: dataclasses.replace(stage, data=fill_paths(stage.data))
-  return dataclasses.replace(config, pretrain=fill_stage(config.pretrain), finetune=fill_stage(config.finetune),
-                             evaluation=fill_paths(config.evaluation))
+  return dataclasses.replace(
+    config,
+    pretrain=fill_stage(config.pretrain),
+    finetune=fill_stage(config.finetune),
+    evaluation=fill_paths(config.evaluation),
+  )
 
 
 def missing_files(config: Config) -> list[Missing]:
   """Every file and folder that the run names and that is not there."""
   found = []
-  for field, folder, kind in (("model.vision", config.model.vision, "a Hugging Face folder of a CLIP vision tower"),
-                              ("model.llm", config.model.llm, "a Hugging Face folder of a Llama-type language model")):
+  for field, folder, kind in (
+    ("model.vision", config.model.vision, "a Hugging Face folder of a CLIP vision tower"),
+    ("model.llm", config.model.llm, "a Hugging Face folder of a Llama-type language model"),
+  ):
     known = lookup(folder)
     if not Path(folder).is_dir():
       found.append(Missing(field, folder, known.command(folder) if known else f"set {field} to {kind}"))
   if config.model.projector_weights and not Path(config.model.projector_weights).exists():
-    found.append(Missing("model.projector_weights", config.model.projector_weights, "name a released projector's file, or none"))
+    found.append(
+      Missing("model.projector_weights", config.model.projector_weights, "name a released projector's file, or none")
+    )
   if not config.demo:
     for name in stage_names(config):
       found += _missing_data(f"{name}.data", getattr(config, name).data)
@@ -69,7 +79,9 @@ def missing_files(config: Config) -> list[Missing]:
 
 
 def _missing_data(field: str, data: DataConfig) -> list[Missing]:
-  commands = DATA_COMMANDS.get(os.path.basename(data.path), ("name a LLaVA JSON or JSONL file", "name the folder of its pictures"))
+  commands = DATA_COMMANDS.get(
+    os.path.basename(data.path), ("name a LLaVA JSON or JSONL file", "name the folder of its pictures")
+  )
   places = {"folder": os.path.dirname(data.path) or ".", "images": data.image_folder or "."}
   found = []
   if not Path(data.path).is_file():
@@ -83,11 +95,18 @@ def explain_missing(missing: list[Missing], config_file: str) -> str:
   """What to tell a user who has not got the files yet."""
   lines = [f"{config_file} needs {len(missing)} things that are not here:", ""]
   for item in missing:
-    lines += [f"  {item.field} = {item.path or '(empty)'}", f"      looked in  {Path(item.path).absolute()}" if item.path else "",
-              f"      to get it  {item.remedy}", ""]
+    lines += [
+      f"  {item.field} = {item.path or '(empty)'}",
+      f"      looked in  {Path(item.path).absolute()}" if item.path else "",
+      f"      to get it  {item.remedy}",
+      "",
+    ]
   lines = [line for line, before in zip(lines, ["-"] + lines) if line or before]
-  lines += ["Or point the field elsewhere: --config.FIELD=PATH. The demo needs no download:", "",
-            f"  python -m mllm_jax.train --config={config_file}:demo"]
+  lines += [
+    "Or point the field elsewhere: --config.FIELD=PATH. The demo needs no download:",
+    "",
+    f"  python -m mllm_jax.train --config={config_file}:demo",
+  ]
   return "\n".join(lines)
 
 
@@ -95,13 +114,24 @@ def check_stage(name: str, stage: StageConfig, shards: int, processes: int) -> N
   """Raises ConfigError where a stage's numbers cannot work on a mesh whose batch axes have `shards` parts."""
   unit = stage.accumulation * shards
   if stage.batch_size < 1 or stage.accumulation < 1 or stage.batch_size % unit or shards % processes:
-    raise ConfigError(f"{name}.batch_size={stage.batch_size} does not divide into {name}.accumulation={stage.accumulation} "
-                      f"micro-batches over {shards} devices; use a multiple of {unit}")
-  for field, low, high in (("warmup_ratio", 0, 1), ("weight_decay", 0, None), ("clip_norm", 0, None), ("epochs", 0, None),
-                           ("steps", 0, None), ("beta1", 0, 1), ("beta2", 0, 1)):
+    raise ConfigError(
+      f"{name}.batch_size={stage.batch_size} does not divide into {name}.accumulation={stage.accumulation} "
+      f"micro-batches over {shards} devices; use a multiple of {unit}"
+    )
+  for field, low, high in (
+    ("warmup_ratio", 0, 1),
+    ("weight_decay", 0, None),
+    ("clip_norm", 0, None),
+    ("epochs", 0, None),
+    ("steps", 0, None),
+    ("beta1", 0, 1),
+    ("beta2", 0, 1),
+  ):
     value = getattr(stage, field)
     if value < low or (high is not None and value > high):
-      raise ConfigError(f"{name}.{field}={value} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}")
+      raise ConfigError(
+        f"{name}.{field}={value} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}"
+      )
   if stage.data.max_length < 2 or stage.data.max_images < 1:
     raise ConfigError(f"{name}.data.max_length={stage.data.max_length} must be 2 or more, and max_images 1 or more")
   if not any(rate for _, rate in stage.parameters):

@@ -28,8 +28,9 @@ POINTS = 600  # of a curve; about what a screen can show
 escape = html.escape
 
 
-def write(path: str, *, config: Config, log: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction],
-          title: str = "") -> None:
+def write(
+  path: str, *, config: Config, log: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction], title: str = ""
+) -> None:
   """Writes the report beside `path`, then moves it there: a reader never sees half a file.
 
   Args:
@@ -47,11 +48,20 @@ def write(path: str, *, config: Config, log: Sequence[Mapping[str, Any]], predic
   """
   title = title or config.name or "Training report"
   stages = list(dict.fromkeys(row["stage"] for row in log if "stage" in row))
-  scores = {stage: rows[-1] for stage in stages
-            if (rows := [row for row in log if row.get("stage") == stage and "eval/exact_match" in row])}
+  scores = {
+    stage: rows[-1]
+    for stage in stages
+    if (rows := [row for row in log if row.get("stage") == stage and "eval/exact_match" in row])
+  }
   curves = {stage: curve for stage in stages if (curve := _curve(log, stage, "loss"))}
-  body = [_header(title, config), _tiles(curves, scores), _training(log, curves), _scores(scores, predictions),
-          _gallery(predictions), _configuration(config)]
+  body = [
+    _header(title, config),
+    _tiles(curves, scores),
+    _training(log, curves),
+    _scores(scores, predictions),
+    _gallery(predictions),
+    _configuration(config),
+  ]
   beside = f"{path}.{os.getpid()}.tmp"
   try:
     with open(beside, "w", encoding="utf-8") as file:
@@ -101,11 +111,13 @@ def _tiles(curves: Mapping[str, list], scores: Mapping[str, Mapping]) -> str:
     if "eval/blank" in row:
       tiles.append(("Pictures blanked", _percent(row["eval/blank"]), "what the text alone gives"))
   for stage, curve in curves.items():
-    tail = [loss for _, loss in curve[-max(1, len(curve) // 20):]]
+    tail = [loss for _, loss in curve[-max(1, len(curve) // 20) :]]
     note = f"from {curve[0][1]:.3f} in {curve[-1][0]:,} steps"
     tiles.append((f"Loss, {stage}", f"{sum(tail) / len(tail):.3f}", note))
-  cards = "".join(f"<div class='tile'><span>{escape(name)}</span><strong>{value}</strong>"
-                  f"<small>{escape(note)}</small></div>" for name, value, note in tiles)
+  cards = "".join(
+    f"<div class='tile'><span>{escape(name)}</span><strong>{value}</strong><small>{escape(note)}</small></div>"
+    for name, value, note in tiles
+  )
   return f"<section class='tiles'>{cards}</section>" if cards else ""
 
 
@@ -128,7 +140,7 @@ def _curve(log: Sequence[Mapping], stage: str, key: str) -> list[tuple[int, floa
   by_step = {row["step"]: row[key] for row in log if row.get("stage") == stage and key in row and "step" in row}
   points = sorted((step, value) for step, value in by_step.items() if math.isfinite(value))
   width = -(-len(points) // POINTS) or 1
-  groups = [points[i:i + width] for i in range(0, len(points), width)]
+  groups = [points[i : i + width] for i in range(0, len(points), width)]
   return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
@@ -145,8 +157,10 @@ def _chart(points: Sequence[tuple[int, float]], *, height: int, label: str, smoo
 
   parts = []
   for tick in ticks:
-    parts.append(f"<line class='grid' x1='{left}' x2='{width - right}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>"
-                 f"<text x='{left - 8}' y='{y(tick) + 4:.1f}' text-anchor='end'>{_tick(tick)}</text>")
+    parts.append(
+      f"<line class='grid' x1='{left}' x2='{width - right}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>"
+      f"<text x='{left - 8}' y='{y(tick) + 4:.1f}' text-anchor='end'>{_tick(tick)}</text>"
+    )
   for tick in _ticks(0, last, 5):
     parts.append(f"<text x='{x(tick):.1f}' y='{height - 6}' text-anchor='middle'>{tick:,.0f}</text>")
   values = [value for _, value in points]
@@ -155,9 +169,11 @@ def _chart(points: Sequence[tuple[int, float]], *, height: int, label: str, smoo
     values = _moving_average(values)
   parts.append(f"<polyline class='line' points='{line(values)}'/>")
   end = f"<circle class='end' cx='{x(points[-1][0]):.1f}' cy='{y(values[-1]):.1f}' r='4'/>"
-  return (f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{escape(label)}'>"
-          f"<title>{escape(label)}: {points[0][1]:.4g} at step {points[0][0]:,}, "
-          f"{points[-1][1]:.4g} at step {points[-1][0]:,}</title>{''.join(parts)}{end}</svg>")
+  return (
+    f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{escape(label)}'>"
+    f"<title>{escape(label)}: {points[0][1]:.4g} at step {points[0][0]:,}, "
+    f"{points[-1][1]:.4g} at step {points[-1][0]:,}</title>{''.join(parts)}{end}</svg>"
+  )
 
 
 def _moving_average(values: Sequence[float]) -> list[float]:
@@ -166,7 +182,7 @@ def _moving_average(values: Sequence[float]) -> list[float]:
   means = []
   for i in range(len(values)):
     reach = min(radius, i, len(values) - 1 - i)
-    means.append(sum(values[i - reach:i + reach + 1]) / (2 * reach + 1))
+    means.append(sum(values[i - reach : i + reach + 1]) / (2 * reach + 1))
   return means
 
 
@@ -196,25 +212,32 @@ def _scores(scores: Mapping[str, Mapping], predictions: Sequence[Prediction]) ->
   lines = []
   for kind in ["", *kinds]:
     suffix, count = (f"/{kind}", counts[kind]) if kind else ("", len(predictions))
-    cells = "".join(_score_cells(row.get(f"eval/exact_match{suffix}"), row.get(f"eval/blank{suffix}"))
-                    for row in scores.values())
-    lines.append(f"<tr{'' if kind else ' class=total'}><th scope='row'>{escape(kind or 'all questions')}</th>"
-                 f"<td class='number'>{f'{count:,}' if count else '&ndash;'}</td>{cells}</tr>")
-  return (f"<section><h2>Exact match by kind of question</h2><p class='note'>Held-out questions, answered greedily. "
-          f"The bar is the share of answers that are exactly the gold answer; the mark on it, and the column beside "
-          f"it, is the same with every picture replaced by a plain one: what can be guessed from the text alone.</p>"
-          f"<div class='scroll'><table><thead><tr><th rowspan='2' scope='col'>kind</th>"
-          f"<th rowspan='2' scope='col' class='number'>questions</th>{head}</tr>"
-          f"<tr>{subhead}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>")
+    cells = "".join(
+      _score_cells(row.get(f"eval/exact_match{suffix}"), row.get(f"eval/blank{suffix}")) for row in scores.values()
+    )
+    lines.append(
+      f"<tr{'' if kind else ' class=total'}><th scope='row'>{escape(kind or 'all questions')}</th>"
+      f"<td class='number'>{f'{count:,}' if count else '&ndash;'}</td>{cells}</tr>"
+    )
+  return (
+    f"<section><h2>Exact match by kind of question</h2><p class='note'>Held-out questions, answered greedily. "
+    f"The bar is the share of answers that are exactly the gold answer; the mark on it, and the column beside "
+    f"it, is the same with every picture replaced by a plain one: what can be guessed from the text alone.</p>"
+    f"<div class='scroll'><table><thead><tr><th rowspan='2' scope='col'>kind</th>"
+    f"<th rowspan='2' scope='col' class='number'>questions</th>{head}</tr>"
+    f"<tr>{subhead}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"
+  )
 
 
 def _score_cells(score: float | None, blank: float | None) -> str:
   if score is None:
     return "<td>&ndash;</td><td class='number'>&ndash;</td>"
   mark = "" if blank is None else f"<i style='left:{100 * blank:.1f}%'></i>"
-  return (f"<td><div class='score'><div class='bar'><b style='width:{100 * score:.1f}%'></b>{mark}</div>"
-          f"<span>{_percent(score)}</span></div></td>"
-          f"<td class='number'>{'&ndash;' if blank is None else _percent(blank)}</td>")
+  return (
+    f"<td><div class='score'><div class='bar'><b style='width:{100 * score:.1f}%'></b>{mark}</div>"
+    f"<span>{_percent(score)}</span></div></td>"
+    f"<td class='number'>{'&ndash;' if blank is None else _percent(blank)}</td>"
+  )
 
 
 def _gallery(predictions: Sequence[Prediction]) -> str:
@@ -222,9 +245,11 @@ def _gallery(predictions: Sequence[Prediction]) -> str:
   if not shown:
     return ""
   right = sum(prediction.correct for prediction in shown)
-  return (f"<section><h2>Held-out pictures</h2><p class='note'>{len(shown)} questions at even distances through each "
-          f"kind, not picked by their answers; {right} of them are right.</p>"
-          f"<div class='gallery'>{''.join(map(_card, shown))}</div></section>")
+  return (
+    f"<section><h2>Held-out pictures</h2><p class='note'>{len(shown)} questions at even distances through each "
+    f"kind, not picked by their answers; {right} of them are right.</p>"
+    f"<div class='gallery'>{''.join(map(_card, shown))}</div></section>"
+  )
 
 
 def _choose(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
@@ -248,17 +273,21 @@ def _choose(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
 
 def _card(prediction: Prediction) -> str:
   question = prediction.question
-  pictures = "".join(f"<img src='{_data_uri(path)}' alt='{escape(os.path.basename(path))}'>"
-                     for path in question.images)
+  pictures = "".join(
+    f"<img src='{_data_uri(path)}' alt='{escape(os.path.basename(path))}'>" for path in question.images
+  )
   status, word = ("right", "&#10003; right") if prediction.correct else ("wrong", "&#10007; wrong")
   lines = [("answer", prediction.answer), ("gold", question.gold)]
   if prediction.blank_answer is not None:
     lines.append(("blanked", prediction.blank_answer))
-  facts = "".join(f"<dt>{name}</dt><dd class='{name}'>{escape(text.strip()) or '<em>nothing</em>'}</dd>"
-                  for name, text in lines)
+  facts = "".join(
+    f"<dt>{name}</dt><dd class='{name}'>{escape(text.strip()) or '<em>nothing</em>'}</dd>" for name, text in lines
+  )
   chip = f"<span class='chip'>{escape(question.category)}</span>" if question.category else "<span></span>"
-  return (f"<article class='{status}'><div class='pictures'>{pictures}</div><div class='top'>{chip}"
-          f"<span class='status'>{word}</span></div><p>{escape(question.text)}</p><dl>{facts}</dl></article>")
+  return (
+    f"<article class='{status}'><div class='pictures'>{pictures}</div><div class='top'>{chip}"
+    f"<span class='status'>{word}</span></div><p>{escape(question.text)}</p><dl>{facts}</dl></article>"
+  )
 
 
 def _data_uri(path: str) -> str:
@@ -277,14 +306,21 @@ def _configuration(config: Config) -> str:
       return [entry for name, inner in value.items() for entry in fields(inner, f"{path}.{name}" if path else name)]
     return [(path, value)]
 
-  rows = "".join(f"<tr><th scope='row'>{escape(path)}</th><td>{_setting(value)}</td></tr>"
-                 for path, value in fields(dataclasses.asdict(config), ""))
-  stages = "".join(f"<tr><th scope='row'>{escape(stage)}</th>{_stage_cells(getattr(config, stage))}</tr>"
-                   for stage in filter(None, config.stages.split(",")) if hasattr(config, stage))
+  rows = "".join(
+    f"<tr><th scope='row'>{escape(path)}</th><td>{_setting(value)}</td></tr>"
+    for path, value in fields(dataclasses.asdict(config), "")
+  )
+  stages = "".join(
+    f"<tr><th scope='row'>{escape(stage)}</th>{_stage_cells(getattr(config, stage))}</tr>"
+    for stage in filter(None, config.stages.split(","))
+    if hasattr(config, stage)
+  )
   columns = "".join(f"<th scope='col'>{name}</th>" for name in ("stage", "data", "batch", "length", "LoRA", "trained"))
-  return (f"<section><h2>Configuration</h2><div class='scroll'><table class='stages'><thead><tr>{columns}</tr></thead>"
-          f"<tbody>{stages}</tbody></table></div><details><summary>Every field</summary><div class='scroll'>"
-          f"<table class='fields'><tbody>{rows}</tbody></table></div></details></section>")
+  return (
+    f"<section><h2>Configuration</h2><div class='scroll'><table class='stages'><thead><tr>{columns}</tr></thead>"
+    f"<tbody>{stages}</tbody></table></div><details><summary>Every field</summary><div class='scroll'>"
+    f"<table class='fields'><tbody>{rows}</tbody></table></div></details></section>"
+  )
 
 
 def _stage_cells(stage) -> str:

@@ -1,7 +1,7 @@
 """Where things lie: the mesh of devices, and the table from a parameter's path to its PartitionSpec.
 
-Axes: `data` replicates the parameters, `fsdp` shards them and the batch, `tensor` shards the width of single layers. The batch
-is split over data and fsdp together.
+Axes: `data` replicates the parameters, `fsdp` shards them and the batch, `tensor` shards the width of single layers.
+The batch is split over data and fsdp together.
 """
 
 import math
@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mllm_jax.batch import Batch
 from mllm_jax.config import ConfigError, MeshConfig
@@ -20,22 +21,22 @@ BATCH_AXES = ("data", "fsdp")
 
 # Stacked layers have a leading axis of layers, which is never sharded: a scan over it would gather everything at once.
 RULES: tuple[tuple[str, P], ...] = (
-    (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
-    (r".*/layers/(o_proj|out_proj|down_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
-    (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora/a", P(None, "fsdp", None)),
-    (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora/b", P(None, "fsdp", "tensor")),
-    (r".*/layers/(o_proj|down_proj)/lora/a", P(None, "tensor", "fsdp")),
-    (r".*/layers/(o_proj|down_proj)/lora/b", P(None, None, "fsdp")),
-    (r"decoder/embedding", P("tensor", "fsdp")),
-    (r"decoder/head", P("fsdp", "tensor")),
-    (r"vision/patch_embedding/kernel", P(None, "fsdp")),
-    (r"vision/(class|position)_embedding", P()),
-    # Over both axes along the input channels: the few spatial tokens they give stay whole (see rows_only). DFI's own layers
-    # are small, and are not sharded for the same reason.
-    (r"projector/(sfe/kernels/\d+|dfi/kernel)", P(None, None, ("fsdp", "tensor"), None)),
-    (r"projector/dfi/(query|key|value)/kernel", P()),
-    (r"projector/(.*/)?(head|fc1|fc2)/kernel", P("fsdp", "tensor")),
-    (r".*/(bias|scale)", P()),
+  (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
+  (r".*/layers/(o_proj|out_proj|down_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
+  (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora/a", P(None, "fsdp", None)),
+  (r".*/layers/(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora/b", P(None, "fsdp", "tensor")),
+  (r".*/layers/(o_proj|down_proj)/lora/a", P(None, "tensor", "fsdp")),
+  (r".*/layers/(o_proj|down_proj)/lora/b", P(None, None, "fsdp")),
+  (r"decoder/embedding", P("tensor", "fsdp")),
+  (r"decoder/head", P("fsdp", "tensor")),
+  (r"vision/patch_embedding/kernel", P(None, "fsdp")),
+  (r"vision/(class|position)_embedding", P()),
+  # Over both axes along the input channels: the few spatial tokens they give stay whole (see rows_only). DFI's own
+  # layers are small, and are not sharded for the same reason.
+  (r"projector/(sfe/kernels/\d+|dfi/kernel)", P(None, None, ("fsdp", "tensor"), None)),
+  (r"projector/dfi/(query|key|value)/kernel", P()),
+  (r"projector/(.*/)?(head|fc1|fc2)/kernel", P("fsdp", "tensor")),
+  (r".*/(bias|scale)", P()),
 )
 
 
@@ -52,7 +53,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     sizes[free[0]] = len(devices) // known
   elif known != len(devices) or free:
     raise ConfigError(f"{given} does not make up the {len(devices)} devices at hand; let one axis be -1")
-  # Auto: the compiler propagates shardings. (make_mesh's own default is Explicit, where every gather must name its output.)
+  # Auto: the compiler propagates shardings. (make_mesh's own default is Explicit, where every gather must name its
+  # output.)
   return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
@@ -84,16 +86,17 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def to_device(batch: Batch, mesh: Mesh, *, leading: int = 0) -> Batch:
-  """This process' rows of a host batch as global arrays, split over the mesh; `leading` axes before the rows stay whole."""
+  """This process' rows of a host batch as global arrays split over the mesh; the `leading` axes stay whole."""
   sharding = NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def rows_only(x: jax.Array) -> jax.Array:
-  """Pins an activation [B, ...] to be split over its rows and nothing else, inside `jax.set_mesh(mesh)`; elsewhere no change.
+  """Pins an activation [B, ...] to be split over its rows and nothing else, inside `jax.set_mesh(mesh)`; elsewhere no
+  change.
 
-  Where small activations meet kernels sharded over both fsdp and tensor, the compiler may otherwise split their last axis;
-  jax 0.10 then computes wrong gradients for a concatenation along that axis (seen in DFI on a 2 x 2 x 2 mesh).
+  Where small activations meet kernels sharded over both fsdp and tensor, the compiler may otherwise split their last
+  axis; jax 0.10 then computes wrong gradients for a concatenation along that axis (seen in DFI on a 2 x 2 x 2 mesh).
   """
   if not jax.sharding.get_abstract_mesh().axis_names:
     return x

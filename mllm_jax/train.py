@@ -1,9 +1,9 @@
 """Train a LLaVA-type model: python -m mllm_jax.train --config=configs/sp_cropping.py --workdir=runs/sp
 
 Everything that a run does stands here, in order. `--config=FILE:demo` is the small version that needs no download, and
-`--config.a.b=value` overrides a field of the configuration (mllm_jax/config.py says what they mean). Started again with the same
-workdir, a run continues where it was. Exit status: 0 done, 1 stopped by a problem in the run, 2 something to put right first,
-128 + n stopped by signal n.
+`--config.a.b=value` overrides a field of the configuration (mllm_jax/config.py says what they mean). Started again with
+the same workdir, a run continues where it was. Exit status: 0 done, 1 stopped by a problem in the run, 2 something to
+put right first, 128 + n stopped by signal n.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from mllm_jax import config as config_lib, preflight
+from mllm_jax import config as config_lib
+from mllm_jax import preflight
 from mllm_jax.config import Config, ConfigError, StageConfig, check_types, to_dict
 from mllm_jax.data.records import DataError
 from mllm_jax.weights.known import WeightsError
 
 
 class Stop:
-  """Remembers the first SIGTERM or SIGINT, so that the step under way can end and be saved. A second one interrupts at once."""
+  """Remembers the first SIGTERM or SIGINT, so that the step under way can end and be saved; a second one ends the run."""
 
   def __init__(self):
     self.signal = 0
@@ -58,7 +59,7 @@ def say(*text) -> None:
 
 def run(config: Config, workdir: Path, recipe: str) -> None:
   """All stages of a run, their evaluations, and the report. `recipe` is the configuration's file."""
-  # ---- before anything heavy: are the files there? ---------------------------------------------------------------------------
+  # ---- before anything heavy: are the files there? -------------------------------------------------------------------
   names = preflight.stage_names(config)
   config = preflight.in_workdir(config, str(workdir))
   missing = preflight.missing_files(config)
@@ -73,14 +74,15 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   started = time.time()
   stop = Stop()
 
-  # ---- devices ---------------------------------------------------------------------------------------------------------------
+  # ---- devices -------------------------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(config.mesh)
   for name in names:
     preflight.check_stage(name, getattr(config, name), sharding.batch_shards(mesh), jax.process_count())
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  say(f"{config.name}: {' then '.join(names)} on {mesh.size} {mesh.devices.flat[0].platform} device(s) ({shape}) in {workdir}")
+  kind = mesh.devices.flat[0].platform
+  say(f"{config.name}: {' then '.join(names)} on {mesh.size} {kind} device(s) ({shape}) in {workdir}")
 
-  # ---- workdir and data --------------------------------------------------------------------------------------------------------
+  # ---- workdir and data ----------------------------------------------------------------------------------------------
   workdir.mkdir(parents=True, exist_ok=True)
   if config.demo:
     from mllm_jax.demo.write import write as write_demo
@@ -88,7 +90,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
     say(f"writing the digits data set to {workdir / 'data'}")
     write_demo(workdir / "data", seed=0)
 
-  # ---- the stages ----------------------------------------------------------------------------------------------------------------
+  # ---- the stages ----------------------------------------------------------------------------------------------------
   log = MetricsLog(workdir, wandb_project=config.wandb_project, name=config.name, config=to_dict(config))
   try:
     for name in names:
@@ -98,7 +100,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   finally:
     log.close()
 
-  # ---- report ----------------------------------------------------------------------------------------------------------------
+  # ---- report --------------------------------------------------------------------------------------------------------
   rows = report.read_log(str(workdir / "metrics.jsonl"))
   predictions = read_predictions(workdir / names[-1] / "evaluation.json")
   report.write(str(workdir / "report.html"), config=config, log=rows, predictions=predictions)
@@ -109,7 +111,8 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   """One stage from its last checkpoint, or its beginning, to its evaluation."""
   from mllm_jax import build, parameters
   from mllm_jax.models.mllm import abstract
-  from mllm_jax.training import optimizer as optimizer_lib, step as step_lib
+  from mllm_jax.training import optimizer as optimizer_lib
+  from mllm_jax.training import step as step_lib
   from mllm_jax.training.checkpoint import Checkpoints
   from mllm_jax.training.loop import NotFinite, Reporter, run_steps
 
@@ -117,23 +120,30 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   folder = workdir / name
   say(f"\n== {name} ==")
 
-  # ---- data ------------------------------------------------------------------------------------------------------------------
+  # ---- data ----------------------------------------------------------------------------------------------------------
   model_config = build.architecture(config.model, stage.lora)
   processor = build.make_processor(model_config, stage, config.model.llm)
   batches = load_data(config, stage, processor)
 
-  # ---- what is trained, and from where it goes on ----------------------------------------------------------------------------
+  # ---- what is trained, and from where it goes on --------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
-  identity = {"stage": name, "seed": config.seed, "samples": batches.samples, "steps": batches.steps,
-              "model": to_dict(model_config), "recipe": recipe_identity(stage), "fingerprints": build.fingerprints(config.model)}
+  identity = {
+    "stage": name,
+    "seed": config.seed,
+    "samples": batches.samples,
+    "steps": batches.steps,
+    "model": to_dict(model_config),
+    "recipe": recipe_identity(stage),
+    "fingerprints": build.fingerprints(config.model),
+  }
   checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
   start = checkpoints.latest()
   if start is not None:
     check_identity(checkpoints.meta(start), identity, folder)
   given = pretrained_projector(config, workdir, identity, shapes, mesh) if name == "finetune" and start is None else {}
 
-  # ---- parameters, optimizer, step -------------------------------------------------------------------------------------------
+  # ---- parameters, optimizer, step -----------------------------------------------------------------------------------
   flat = build.load_parameters(model_config, config.model, rates, config.seed, mesh, given)
   say(parameters.table(flat, rates))
   trainable = {path: value for path, value in flat.items() if rates[path]}
@@ -144,23 +154,42 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
     state = checkpoints.restore(start, state)
   trained_rates = {path: rates[path] for path in trainable}
   del flat, trainable, given
-  train_step = step_lib.make_step(graphdef, stage, trained_rates, batches.steps, config.seed, mesh, optimizer,
-                                  step_lib.state_shardings(optimizer, state.trainable, mesh))
+  train_step = step_lib.make_step(
+    graphdef,
+    stage,
+    trained_rates,
+    batches.steps,
+    config.seed,
+    mesh,
+    optimizer,
+    step_lib.state_shardings(optimizer, state.trainable, mesh),
+  )
   start = start or 0
   log.forget_after(name, start)
   write_json(workdir / "config.json", to_dict(config))  # not before all checks: a mistyped command must not spoil a run
-  say(f"{batches.samples:,} samples, {batches.steps:,} steps of {stage.batch_size}"
-      + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
-      + (f", continuing after step {start:,}" if start else ""))
+  say(
+    f"{batches.samples:,} samples, {batches.steps:,} steps of {stage.batch_size}"
+    + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
+    + (f", continuing after step {start:,}" if start else "")
+  )
 
-  # ---- the loop --------------------------------------------------------------------------------------------------------------
+  # ---- the loop ------------------------------------------------------------------------------------------------------
   def save(state) -> None:
     checkpoints.save(state, identity | {"config": to_dict(config)})
 
   try:
-    state = run_steps(train_step, state, frozen, batches.iterate(start), steps=batches.steps, mesh=mesh, save=save,
-                      save_every=config.checkpoint_every, stopped=lambda: bool(stop.signal),
-                      reporter=Reporter(config, name, stage, folder, log, start, batches.steps))
+    state = run_steps(
+      train_step,
+      state,
+      frozen,
+      batches.iterate(start),
+      steps=batches.steps,
+      mesh=mesh,
+      save=save,
+      save_every=config.checkpoint_every,
+      stopped=lambda: bool(stop.signal),
+      reporter=Reporter(config, name, stage, folder, log, start, batches.steps),
+    )
     save(state)
   except (DataError, NotFinite) as error:
     raise Stopped(1, str(error)) from error
@@ -171,14 +200,14 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   if done < batches.steps:
     raise Stopped(128 + stop.signal, f"{name}: saved after step {done} of {batches.steps}; the same command continues")
 
-  # ---- evaluation ------------------------------------------------------------------------------------------------------------
+  # ---- evaluation ----------------------------------------------------------------------------------------------------
   if config.evaluation.path and not (folder / "evaluation.json").is_file():
     model = parameters.unflatten(graphdef, {**frozen, **state.trainable})
     evaluate(config, name, model, processor, mesh, log, done, folder)
 
 
 def load_data(config: Config, stage: StageConfig, processor):
-  """The batches of a stage, after a look at every sample's record. Raises DataError with all that is wrong with them."""
+  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong."""
   import jax
 
   from mllm_jax.data.pipeline import TrainingBatches
@@ -188,10 +217,21 @@ def load_data(config: Config, stage: StageConfig, processor):
   problems = check(records, max_images=stage.data.max_images)
   if problems:
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-    raise DataError(f"{len(problems)} of {len(records)} samples cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
-  return TrainingBatches(records, processor, batch_size=stage.batch_size, accumulation=stage.accumulation,
-                         epochs=stage.epochs, steps=stage.steps, seed=config.seed, process_index=jax.process_index(),
-                         process_count=jax.process_count(), threads=config.loader_threads)
+    raise DataError(
+      f"{len(problems)} of {len(records)} samples cannot be used:\n  " + "\n  ".join(problems[:10]) + more
+    )
+  return TrainingBatches(
+    records,
+    processor,
+    batch_size=stage.batch_size,
+    accumulation=stage.accumulation,
+    epochs=stage.epochs,
+    steps=stage.steps,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    threads=config.loader_threads,
+  )
 
 
 def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, folder: Path) -> None:
@@ -208,17 +248,26 @@ def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, 
   asker.template = config.finetune.data.template  # stage 1 has no questions of its own
   records = Records.load(config.evaluation.path, config.evaluation.image_folder)
   with tqdm(desc=f"{name}, held-out questions", unit="question", dynamic_ncols=True) as bar:
+
     def progress(answered: int, total: int) -> None:
       bar.total = total
       bar.update(answered - bar.n)
 
-    result = exact_match(Engine(model, asker.tokenizer.eos_id, mesh=mesh), asker, records,
-                         batch_size=config.evaluation.batch_size, max_new_tokens=config.evaluation.max_new_tokens,
-                         blank=config.evaluation.blank, progress=progress)
+    result = exact_match(
+      Engine(model, asker.tokenizer.eos_id, mesh=mesh),
+      asker,
+      records,
+      batch_size=config.evaluation.batch_size,
+      max_new_tokens=config.evaluation.max_new_tokens,
+      blank=config.evaluation.blank,
+      progress=progress,
+    )
   log.write({"stage": name, "step": step, **result.metrics()})
   write_json(folder / "evaluation.json", [dataclasses.asdict(prediction) for prediction in result.predictions])
-  say(f"{name}: held-out exact match {result.overall.exact_match:.1%}"
-      + (f", with the pictures blanked {result.overall.blank:.1%}" if result.overall.blank is not None else ""))
+  say(
+    f"{name}: held-out exact match {result.overall.exact_match:.1%}"
+    + (f", with the pictures blanked {result.overall.blank:.1%}" if result.overall.blank is not None else "")
+  )
 
 
 def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: dict, mesh) -> dict:
@@ -238,22 +287,31 @@ def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: 
   if step is None:
     if config.model.projector_weights:
       return {}
-    raise ConfigError(f"finetune starts from a pre-trained projector, and {folder} holds none; run --config.stages=pretrain first, "
-                      "or name a released one in model.projector_weights")
+    raise ConfigError(
+      f"finetune starts from a pre-trained projector, and {folder} holds none; run --config.stages=pretrain first, "
+      "or name a released one in model.projector_weights"
+    )
   meta = checkpoints.meta(step)
   if step < meta["steps"]:
-    raise ConfigError(f"{folder}: pretrain has done {step} of {meta['steps']} steps; finish it first (--config.stages=pretrain)")
-  without_lora = lambda content: {"model": {key: value for key, value in content["model"].items() if key != "lora"},
-                                  "fingerprints": content["fingerprints"]}
+    raise ConfigError(
+      f"{folder}: pretrain has done {step} of {meta['steps']} steps; finish it first (--config.stages=pretrain)"
+    )
+  without_lora = lambda content: {
+    "model": {key: value for key, value in content["model"].items() if key != "lora"},
+    "fingerprints": content["fingerprints"],
+  }
   check_identity(without_lora(meta), without_lora(identity), folder)
   places = sharding.parameter_shardings(shapes, mesh)
-  like = {path: jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=places[path])
-          for path, shape in shapes.items() if path.startswith("projector/")}
+  like = {
+    path: jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=places[path])
+    for path, shape in shapes.items()
+    if path.startswith("projector/")
+  }
   return checkpoints.restore_trainable(step, like)
 
 
 def recipe_identity(stage) -> dict:
-  """What of a stage's configuration decides its result. Where the data lie does not: they may be moved between two starts."""
+  """What of a stage's configuration decides its result. Where the data lie does not: they may be moved."""
   content = to_dict(stage)
   content["data"] = {key: value for key, value in content["data"].items() if key not in ("path", "image_folder")}
   return json.loads(json.dumps(content))
@@ -270,8 +328,11 @@ def check_identity(saved: dict, now: dict, folder: Path) -> None:
   now = json.loads(json.dumps(now))
   found = [line for key in now for line in differences(saved.get(key), now[key], key)]
   if found:
-    raise ConfigError(f"{folder} holds checkpoints of another run:\n  " + "\n  ".join(found[:12])
-                      + "\nSet these back to continue it, or use another --workdir")
+    raise ConfigError(
+      f"{folder} holds checkpoints of another run:\n  "
+      + "\n  ".join(found[:12])
+      + "\nSet these back to continue it, or use another --workdir"
+    )
 
 
 def summary(rows: list[dict], workdir: Path, seconds: float) -> str:
@@ -286,9 +347,12 @@ def summary(rows: list[dict], workdir: Path, seconds: float) -> str:
         for key, value in row.items():
           if key.startswith("eval/exact_match"):
             kind, blank = key.removeprefix("eval/exact_match").lstrip("/"), row.get(key.replace("exact_match", "blank"))
-            lines.append(f"    {kind or 'held-out exact match':28s} {value:7.1%}" + (f"  (blanked {blank:.1%})" if blank is not None else ""))
+            lines.append(
+              f"    {kind or 'held-out exact match':28s} {value:7.1%}"
+              + (f"  (blanked {blank:.1%})" if blank is not None else "")
+            )
   lines.append(f"  report       {workdir / 'report.html'}")
-  lines.append(f"  ask it       python -m mllm_jax.generate --workdir={workdir} --image=FILE --prompt=\"...\"")
+  lines.append(f'  ask it       python -m mllm_jax.generate --workdir={workdir} --image=FILE --prompt="..."')
   return "\n".join(lines)
 
 
@@ -332,7 +396,9 @@ def parse(argv: list[str]) -> tuple[Config, Path, str]:
   except (flags.Error, KeyError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
     raise ConfigError(plain_error(argv, error)) from error
   if len(rest) > 1:
-    raise ConfigError(f"{rest[1]!r} is no option; options are written --config=FILE, --workdir=DIR, --config.FIELD=VALUE")
+    raise ConfigError(
+      f"{rest[1]!r} is no option; options are written --config=FILE, --workdir=DIR, --config.FIELD=VALUE"
+    )
   if config.value is None:
     raise ConfigError("which recipe? for instance --config=configs/sp_cropping.py:demo (--help tells more)")
   file = config_flags.get_config_filename(values["config"]).partition(":")[0]
@@ -355,8 +421,10 @@ def help_text() -> str:
       else:
         yield f"  --{prefix}.{field.name}={value!r}"
 
-  options = ("  --config=FILE[:demo]  the recipe: a file of configs/, with :demo behind it for the small one\n"
-             "  --workdir=DIR         folder for checkpoints, logs and the report (default: runs/NAME)")
+  options = (
+    "  --config=FILE[:demo]  the recipe: a file of configs/, with :demo behind it for the small one\n"
+    "  --workdir=DIR         folder for checkpoints, logs and the report (default: runs/NAME)"
+  )
   return f"{__doc__}\noptions:\n{options}\n\nfields and their defaults:\n" + "\n".join(fields(Config(), "config"))
 
 
@@ -374,8 +442,11 @@ def main(argv: list[str]) -> int:
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
       raise
-    return fail(1, f"{error.filename or ''}: {error.strerror}; what was saved before is still there. Make room, or use a --workdir "
-                   "that can be written, and start the same command again")
+    return fail(
+      1,
+      f"{error.filename or ''}: {error.strerror}; what was saved before is still there. Make room, or use a --workdir "
+      "that can be written, and start the same command again",
+    )
   except RuntimeError as error:
     if type(error).__name__ != "CheckpointError":
       raise

@@ -5,8 +5,9 @@ import os
 # Both must be set before jax starts its backends.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a test's time would go into optimising code that runs once or twice.
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-                           " --xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import jax  # noqa: E402
 

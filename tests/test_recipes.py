@@ -1,4 +1,5 @@
-"""Every recipe at its real size, with shapes instead of arrays: its step traces, and its parameters are those of the paper."""
+"""Every recipe at its real size, with shapes instead of arrays: its step traces, and its parameters are those of the
+paper."""
 
 import importlib.util
 import math
@@ -13,7 +14,8 @@ from mllm_jax.batch import Batch
 from mllm_jax.config import Config, ConfigError, from_dict, to_dict
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import abstract
-from mllm_jax.training import optimizer as optimizer_lib, step as step_lib
+from mllm_jax.training import optimizer as optimizer_lib
+from mllm_jax.training import step as step_lib
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 PROJECTOR = {"llava15": 20_979_712, "sp_cropping": 923_550_208, "sp_pooling": 923_546_112}
@@ -38,8 +40,12 @@ def abstract_batch(config, stage, rows: int) -> Batch:
   places, size, crops = stage.data.max_length, config.vision.image_size, stage.data.max_images
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct((stage.accumulation, rows, *dims), dtype)
   ids = {name: shape(jnp.int32, places) for name in ("tokens", "targets", "segment_ids", "positions", "visual_index")}
-  return Batch(**ids, loss_weights=shape(jnp.float32, places), pixels=shape(jnp.uint8, crops, size, size, 3),
-               grids=shape(jnp.int32, crops, 2))
+  return Batch(
+    **ids,
+    loss_weights=shape(jnp.float32, places),
+    pixels=shape(jnp.uint8, crops, size, size, 3),
+    grids=shape(jnp.int32, crops, 2),
+  )
 
 
 @pytest.mark.parametrize("variant", ["", "demo"])
@@ -58,17 +64,29 @@ def test_both_stages_trace_at_full_size(path, variant):
       assert count(flat, "projector/") == PROJECTOR[path.stem]
       assert count(flat, "vision/") == VISION_L_OF_23_LAYERS
       assert count(flat, "decoder/", without="/lora/") == VICUNA["7b"]
-      assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (LORA_7B if name == "finetune" else 0)
+      assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (
+        LORA_7B if name == "finetune" else 0
+      )
     dtype = lambda path: jnp.float32 if rates[path] else jnp.dtype(config.model.frozen_dtype)
     arrays = {path: jax.ShapeDtypeStruct(x.shape, dtype(path)) for path, x in flat.items()}
     trainable = {path: x for path, x in arrays.items() if rates[path]}
     frozen = {path: x for path, x in arrays.items() if not rates[path]}
     optimizer = optimizer_lib.make(stage, trainable)
     state = jax.eval_shape(lambda t: step_lib.initial_state(optimizer, t, mesh), trainable)
-    step = step_lib.make_step(graphdef, stage, {path: rates[path] for path in trainable}, 100, 0, mesh, optimizer,
-                              step_lib.state_shardings(optimizer, trainable, mesh))
+    step = step_lib.make_step(
+      graphdef,
+      stage,
+      {path: rates[path] for path in trainable},
+      100,
+      0,
+      mesh,
+      optimizer,
+      step_lib.state_shardings(optimizer, trainable, mesh),
+    )
     with jax.set_mesh(mesh):
-      after, metrics = jax.eval_shape(step, state, frozen, abstract_batch(model, stage, stage.batch_size // stage.accumulation))
+      after, metrics = jax.eval_shape(
+        step, state, frozen, abstract_batch(model, stage, stage.batch_size // stage.accumulation)
+      )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
     assert stage.data.max_length > projectors.tokens_per_crop(model)
@@ -91,7 +109,9 @@ def test_the_papers_hyper_parameters(path):
   assert (finetune.lora.rank, finetune.lora.alpha, finetune.lora.dropout) == (128, 256.0, 0.05)
   for stage in (pretrain, finetune):
     assert (stage.warmup_ratio, stage.weight_decay, stage.epochs, stage.clip_norm) == (0.03, 0.0, 1.0, 0.0)
-  assert pretrain.data.template == "plain" and finetune.data.template == "vicuna_v1" and finetune.data.max_length == 2048
+  assert (
+    pretrain.data.template == "plain" and finetune.data.template == "vicuna_v1" and finetune.data.max_length == 2048
+  )
 
 
 def test_an_unknown_variant_is_an_error():
@@ -102,6 +122,7 @@ def test_an_unknown_variant_is_an_error():
 def test_a_configuration_survives_json_and_an_unknown_field_does_not():
   config = load(RECIPES[0])
   import json
+
   content = json.loads(json.dumps(to_dict(config)))
   assert from_dict(Config, content) == config
   content["pretrain"]["batchsize"] = 3
@@ -114,10 +135,12 @@ def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   config = preflight.in_workdir(load(path), "runs/x")
   text = preflight.explain_missing(preflight.missing_files(config), f"configs/{path.name}")
-  for words in ("hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
-                "hf download lmsys/vicuna-7b-v1.5 --local-dir weights/vicuna-7b-v1.5",
-                f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
-                "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json",
-                f"--config=configs/{path.name}:demo"):
+  for words in (
+    "hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
+    "hf download lmsys/vicuna-7b-v1.5 --local-dir weights/vicuna-7b-v1.5",
+    f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+    "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json",
+    f"--config=configs/{path.name}:demo",
+  ):
     assert words in text
   assert preflight.missing_files(preflight.in_workdir(load(path, "demo"), "runs/x")) == []

@@ -56,9 +56,12 @@ def predictions(tmp_path):
   for number in range(40):
     path = tmp_path / f"{number}.png"
     Image.fromarray(np.full((30, 400, 3), number, np.uint8)).save(path)
-    found += [Prediction(Question(str(number), (str(path),), f"How many? {NASTY}", "two", "count"), "two", "one"),
-              Prediction(Question(str(number), (str(path),), "Which?", "red", "<i>kind</i>"),
-                         NASTY if number % 2 else "red", "")]
+    found += [
+      Prediction(Question(str(number), (str(path),), f"How many? {NASTY}", "two", "count"), "two", "one"),
+      Prediction(
+        Question(str(number), (str(path),), "Which?", "red", "<i>kind</i>"), NASTY if number % 2 else "red", ""
+      ),
+    ]
   return found
 
 
@@ -69,8 +72,17 @@ def log():
     {"stage": "pretrain", "step": 30, "eval/exact_match": 0.111, "eval/exact_match/count": 0.222},
     *training_rows("finetune", 2000, 2.0),
     {"stage": "finetune", "step": 1000, "eval/exact_match": 0.5},
-    {"stage": "finetune", "step": 2000, "eval/exact_match": 0.877, "eval/blank": 0.123, "eval/exact_match/count": 0.913,
-     "eval/exact_match/<i>kind</i>": 0.841, "eval/blank/count": 0.333, "eval/blank/<i>kind</i>": 0.0}]
+    {
+      "stage": "finetune",
+      "step": 2000,
+      "eval/exact_match": 0.877,
+      "eval/blank": 0.123,
+      "eval/exact_match/count": 0.913,
+      "eval/exact_match/<i>kind</i>": 0.841,
+      "eval/blank/count": 0.333,
+      "eval/blank/<i>kind</i>": 0.0,
+    },
+  ]
 
 
 def written(tmp_path, **arguments):

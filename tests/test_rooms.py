@@ -8,24 +8,36 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "mllm_jax"
 # A room may import from those on its own line's right and from nothing else of the package.
 ALLOWED = {
-    "config": set(),
-    "batch": set(),
-    "parameters": {"config"},
-    "sharding": {"batch", "config"},
-    "models": {"batch", "config", "sharding"},
-    "data": {"batch", "config"},
-    "weights": {"config", "models"},
-    "training": {"batch", "config", "data", "models", "parameters", "sharding"},
-    "inference": {"batch", "config", "data", "models", "sharding"},
-    "report": {"config", "data", "inference"},
-    "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
-    "recipes": {"config"},
-    "preflight": {"config", "weights"},
-    "build": {"config", "data", "models", "parameters", "sharding", "training", "weights"},
-    "generate": {"build", "config", "data", "inference", "weights"},
-    "train": {"build", "config", "data", "demo", "inference", "models", "parameters", "preflight", "report", "sharding", "training",
-              "weights"},
-    "__init__": set(),
+  "config": set(),
+  "batch": set(),
+  "parameters": {"config"},
+  "sharding": {"batch", "config"},
+  "models": {"batch", "config", "sharding"},
+  "data": {"batch", "config"},
+  "weights": {"config", "models"},
+  "training": {"batch", "config", "data", "models", "parameters", "sharding"},
+  "inference": {"batch", "config", "data", "models", "sharding"},
+  "report": {"config", "data", "inference"},
+  "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
+  "recipes": {"config"},
+  "preflight": {"config", "weights"},
+  "build": {"config", "data", "models", "parameters", "sharding", "training", "weights"},
+  "generate": {"build", "config", "data", "inference", "weights"},
+  "train": {
+    "build",
+    "config",
+    "data",
+    "demo",
+    "inference",
+    "models",
+    "parameters",
+    "preflight",
+    "report",
+    "sharding",
+    "training",
+    "weights",
+  },
+  "__init__": set(),
 }
 
 
@@ -53,16 +65,31 @@ def test_arrows_between_rooms_point_one_way():
 
 
 def test_models_and_the_step_need_only_jax_flax_optax_and_numpy():
-  blocked = ["grain", "ml_collections", "array_record", "transformers", "tokenizers", "PIL", "tensorboardX", "torch", "safetensors"]
-  code = (f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
-          "import mllm_jax.models.mllm, mllm_jax.training.step, mllm_jax.sharding, mllm_jax.parameters")
+  blocked = [
+    "grain",
+    "ml_collections",
+    "array_record",
+    "transformers",
+    "tokenizers",
+    "PIL",
+    "tensorboardX",
+    "torch",
+    "safetensors",
+  ]
+  code = (
+    f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+    "import mllm_jax.models.mllm, mllm_jax.training.step, mllm_jax.sharding, mllm_jax.parameters"
+  )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
 def test_a_mistyped_command_is_answered_before_anything_heavy_is_imported():
-  code = ("import sys\nfrom mllm_jax import train\nstatus = train.main(['train', '--config=configs/sp_cropping.py', '--workdir=x'])\n"
-          "heavy = {'jax', 'flax', 'orbax', 'transformers', 'grain', 'torch', 'tensorflow'} & set(sys.modules)\n"
-          "assert status == 2 and not heavy, (status, heavy)")
+  code = (
+    "import sys\nfrom mllm_jax import train\n"
+    "status = train.main(['train', '--config=configs/sp_cropping.py', '--workdir=x'])\n"
+    "heavy = {'jax', 'flax', 'orbax', 'transformers', 'grain', 'torch', 'tensorflow'} & set(sys.modules)\n"
+    "assert status == 2 and not heavy, (status, heavy)"
+  )
   result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
   assert "configs/sp_cropping.py needs" in result.stderr

@@ -1,4 +1,5 @@
-"""The trainer as a user runs it: a whole run, runs that are killed and started again, and everything that can be put wrong."""
+"""The trainer as a user runs it: a whole run, runs that are killed and started again, and everything that can be put
+wrong."""
 
 import json
 import os
@@ -20,12 +21,25 @@ from mllm_jax import build, train
 
 REPOSITORY = Path(__file__).parents[1]
 # One device, and little time spent on optimising code; the same for all runs, as losses are compared to the last bit.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {
+  "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  "PYTHONPATH": str(REPOSITORY),
+  "JAX_PLATFORMS": "cpu",
+}
 
 
 def start(folder: Path, workdir: Path, *options: str) -> subprocess.Popen:
-  command = [sys.executable, "-m", "mllm_jax.train", f"--config={folder / 'recipe.py'}", f"--workdir={workdir}", *options]
-  return subprocess.Popen(command, env=ENVIRONMENT, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  command = [
+    sys.executable,
+    "-m",
+    "mllm_jax.train",
+    f"--config={folder / 'recipe.py'}",
+    f"--workdir={workdir}",
+    *options,
+  ]
+  return subprocess.Popen(
+    command, env=ENVIRONMENT, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -56,12 +70,24 @@ def finished(folder) -> tuple[Path, str]:
 
 def test_a_whole_run(finished):
   workdir, out = finished
-  assert [row[:2] for row in losses(workdir)] == [("pretrain", i) for i in range(1, 13)] + [("finetune", i) for i in range(1, 11)]
+  assert [row[:2] for row in losses(workdir)] == [("pretrain", i) for i in range(1, 13)] + [
+    ("finetune", i) for i in range(1, 11)
+  ]
   evaluations = [row for row in rows(workdir) if "eval/exact_match" in row]
   assert [row["stage"] for row in evaluations] == ["pretrain", "finetune"]
   first = rows(workdir)[0]
-  assert set(first) == {"stage", "step", "loss", "learning_rate", "grad_norm", "tokens", "skipped", "skipped_in_row", "samples_per_s",
-                        "tokens_per_s"}
+  assert set(first) == {
+    "stage",
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "skipped",
+    "skipped_in_row",
+    "samples_per_s",
+    "tokens_per_s",
+  }
   assert first["learning_rate"] == 0.0 and rows(workdir)[1]["learning_rate"] == pytest.approx(1e-2)
   for text in ("frozen", "decoder/layers (LoRA)", "all trained", "done in", "ask it"):
     assert text in out
@@ -81,6 +107,7 @@ def test_a_checkpoint_holds_the_trainable_half_and_restores_to_the_same_model(fi
   assert sum(np.prod(array.shape) for array in saved["trainable"].values()) == 6200  # as in the table of parameters
   embedding = np.asarray(restored.model.decoder.embedding[...])
   from mllm_jax.weights.io import open_weights
+
   np.testing.assert_array_equal(embedding, open_weights(folder / "llama").read("model.embed_tokens.weight"))
 
 
@@ -120,7 +147,9 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
   return error
 
 
-@pytest.mark.parametrize("options, words", [
+@pytest.mark.parametrize(
+  "options, words",
+  [
     (["--config.pretrain.nope=3"], "no field 'nope'; StageConfig has data, lora, parameters"),
     (["--config.seed=abc"], "--config.seed=abc: invalid literal for int"),
     (["--nope=3"], "Unknown command line flag 'nope'"),
@@ -129,7 +158,10 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--config.stages=finetune"], "run --config.stages=pretrain first"),
     (["--config.pretrain.batch_size=9"], "pretrain.batch_size=9 does not divide"),
     (["--config.mesh.fsdp=3"], "does not make up the 8 devices"),
-    (["--config.pretrain.parameters=(('vision/.*', 0.0), ('projector/.*', 0.1))"], "decoder/embedding is matched by no rule"),
+    (
+      ["--config.pretrain.parameters=(('vision/.*', 0.0), ('projector/.*', 0.1))"],
+      "decoder/embedding is matched by no rule",
+    ),
     (["--config.pretrain.parameters=(('.*', 0.1), ('projector/.*', 0.1))"], "is matched by 2 rules"),
     (["--config.model.projector.stride=3"], "projector.stride=3 does not fit a grid of 4"),
     (["--config.model.projector.dfi_kernel=5"], "projector.dfi_kernel=5 does not fit a grid of 4"),
@@ -138,7 +170,8 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--config.pretrain.data.template=vicuna"], "unknown template 'vicuna'"),
     (["--config.pretrain.data.max_length=1"], "pretrain.data.max_length=1 must be 2 or more"),
     (["--config.model.remat=all"], "model.remat='all'"),
-])
+  ],
+)
 def test_what_a_user_may_get_wrong(folder, capsys, options, words):
   assert words in fail(capsys, folder, *options)
 
@@ -162,12 +195,15 @@ def broken_data(folder: Path, change) -> str:
   return f"--config.pretrain.data.path={path}"
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     (lambda sample: sample.update(image="gone.png"), "gone.png"),
     (lambda sample: sample.update(image=[sample["image"]] * 2), "2 images"),
     (lambda sample: sample["conversations"][1].update(value=""), "train"),
     (lambda sample: sample.update(conversations=[]), "turn"),
-])
+  ],
+)
 def test_bad_samples_are_found_before_training(folder, capsys, change, words):
   error = fail(capsys, folder, broken_data(folder, change))
   assert "broken.json, sample 1 ('caption-00001')" in error and words in error
@@ -185,7 +221,9 @@ def test_an_unreadable_image_ends_the_run_with_everything_saved(folder):
 
 
 def test_a_checkpoint_of_another_run_is_not_continued(folder, finished, capsys):
-  error = fail(capsys, folder, "--config.model.projector.conv_width=16", "--config.pretrain.weight_decay=0.1", workdir="finished")
+  error = fail(
+    capsys, folder, "--config.model.projector.conv_width=16", "--config.pretrain.weight_decay=0.1", workdir="finished"
+  )
   assert "model.projector.conv_width: 8 in the checkpoint, 16 now" in error
   assert "recipe.weight_decay: 0.0 in the checkpoint, 0.1 now" in error and "another --workdir" in error
 
@@ -200,8 +238,13 @@ def test_weights_that_changed_since_the_checkpoint(folder, finished, tmp_path, c
 
 
 def test_losses_that_are_not_finite_stop_the_run_after_the_configured_number(folder):
-  process = start(folder, folder / "diverged", "--config.pretrain.parameters=(('vision/.*', 0.), ('decoder/.*', 0.), ('projector/.*', 1e38))",
-                  "--config.max_nonfinite=2", "--config.stages=pretrain")
+  process = start(
+    folder,
+    folder / "diverged",
+    "--config.pretrain.parameters=(('vision/.*', 0.), ('decoder/.*', 0.), ('projector/.*', 1e38))",
+    "--config.max_nonfinite=2",
+    "--config.stages=pretrain",
+  )
   _, err = process.communicate()
   assert process.returncode == 1 and "2 steps in a row" in err, err
   lost = [json.loads(line) for line in (folder / "diverged" / "pretrain" / "nonfinite.jsonl").read_text().splitlines()]
@@ -213,8 +256,17 @@ def test_losses_that_are_not_finite_stop_the_run_after_the_configured_number(fol
 
 def test_generate_answers_from_a_workdir(finished, folder):
   Image.new("RGB", (90, 60), (10, 20, 90)).save(folder / "picture.png")
-  command = [sys.executable, "-m", "mllm_jax.generate", f"--workdir={finished[0]}", f"--image={folder / 'picture.png'}",
-             "--prompt=What is there?", "--max_new_tokens=4"]
-  first, second = (subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True) for _ in range(2))
+  command = [
+    sys.executable,
+    "-m",
+    "mllm_jax.generate",
+    f"--workdir={finished[0]}",
+    f"--image={folder / 'picture.png'}",
+    "--prompt=What is there?",
+    "--max_new_tokens=4",
+  ]
+  first, second = (
+    subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True) for _ in range(2)
+  )
   assert first.returncode == 0, first.stderr
   assert first.stdout == second.stdout and "stage finetune" in first.stderr

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mllm_jax import sharding
 from mllm_jax.batch import Batch
@@ -47,8 +48,15 @@ class Engine:
     batch = self._checked(batch, max_new_tokens)
     if self.mesh is not None:
       batch = _split_rows(batch, self.mesh)
-    ids = _generate(self.model, batch, jax.random.key(seed), np.int32(self.eos_id), max_new_tokens=max_new_tokens,
-                    sampling=sampling, mesh=self.mesh)
+    ids = _generate(
+      self.model,
+      batch,
+      jax.random.key(seed),
+      np.int32(self.eos_id),
+      max_new_tokens=max_new_tokens,
+      sampling=sampling,
+      mesh=self.mesh,
+    )
     return [_until(row, self.eos_id) for row in np.asarray(ids).tolist()]
 
   def stream(self, batch: Batch, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0) -> Iterator[int]:
@@ -165,12 +173,13 @@ def _split_rows(batch: Batch, mesh: Mesh) -> Batch:
   """A host batch, the same in every process, as global arrays with their rows split over the mesh."""
   shards, rows = sharding.batch_shards(mesh), len(batch.tokens)
   if rows % shards:
-    raise ValueError(f"a batch of {rows} rows cannot be split over {shards} groups of devices; "
-                     f"use a multiple of {shards}")
+    raise ValueError(
+      f"a batch of {rows} rows cannot be split over {shards} groups of devices; use a multiple of {shards}"
+    )
   split = NamedSharding(mesh, P(sharding.BATCH_AXES))
   place = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
   return jax.tree.map(lambda x: place(np.asarray(x)), batch)
 
 
 def _until(ids: list[int], eos_id: int) -> list[int]:
-  return ids[:ids.index(eos_id)] if eos_id in ids else ids
+  return ids[: ids.index(eos_id)] if eos_id in ids else ids

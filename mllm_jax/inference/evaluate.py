@@ -54,8 +54,11 @@ class Score:
     """The score of at least one prediction."""
     count = len(predictions)
     blanked = all(prediction.blank_answer is not None for prediction in predictions)
-    return cls(sum(prediction.correct for prediction in predictions) / count,
-               sum(prediction.blank_correct for prediction in predictions) / count if blanked else None, count)
+    return cls(
+      sum(prediction.correct for prediction in predictions) / count,
+      sum(prediction.blank_correct for prediction in predictions) / count if blanked else None,
+      count,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,16 @@ class EvaluationResult:
     return row
 
 
-def exact_match(engine: Engine, processor: Processor, records: Records, *, batch_size: int, max_new_tokens: int,
-                blank: bool, progress: Callable[[int, int], None] | None = None) -> EvaluationResult:
+def exact_match(
+  engine: Engine,
+  processor: Processor,
+  records: Records,
+  *,
+  batch_size: int,
+  max_new_tokens: int,
+  blank: bool,
+  progress: Callable[[int, int], None] | None = None,
+) -> EvaluationResult:
   """Asks every question of every sample on its own, greedily, and compares exactly, apart from outer white space.
 
   A question later in a conversation is asked as if it were the first, with all of the sample's pictures before it.
@@ -112,14 +123,14 @@ def exact_match(engine: Engine, processor: Processor, records: Records, *, batch
   answers = []
   for blanked in rounds:
     for start in range(0, len(questions), batch_size):
-      chunk = questions[start:start + batch_size]
+      chunk = questions[start : start + batch_size]
       rows = _rows(processor, chunk, length, plain if blanked else None)
       batch = collate(rows + rows[-1:] * (batch_size - len(rows)))
       ids = engine.generate(batch, max_new_tokens)
-      answers += [processor.tokenizer.decode(answer) for answer in ids[:len(chunk)]]
+      answers += [processor.tokenizer.decode(answer) for answer in ids[: len(chunk)]]
       if progress is not None:
         progress(len(answers), total)
-  seen, unseen = answers[:len(questions)], answers[len(questions):] or [None] * len(questions)
+  seen, unseen = answers[: len(questions)], answers[len(questions) :] or [None] * len(questions)
   return EvaluationResult([Prediction(*fields) for fields in zip(questions, seen, unseen, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""The language model: a Llama-type decoder (Touvron et al. 2023), for training and with a key-value cache for generation."""
+"""The language model: a Llama-type decoder (Touvron et al. 2023), for training and, with a cache, for answers."""
 
 import dataclasses
 from typing import Any
@@ -14,9 +14,9 @@ from mllm_jax.models.attention import attention
 from mllm_jax.models.layers import Linear, RMSNorm, normal, stack
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "named": jax.checkpoint_policies.save_only_these_names("queries", "keys", "values", "attended", "gate", "up"),
-    "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "named": jax.checkpoint_policies.save_only_these_names("queries", "keys", "values", "attended", "gate", "up"),
+  "none": None,
 }
 
 
@@ -72,7 +72,7 @@ class DecoderLayer(nnx.Module):
   def __call__(self, x, rotary, mask, cache=None, slots=None, dropout_key=None):
     """x [B, S, D]; mask bool [B, 1, S, T]; cache: this layer's (keys, values), [B, T, G, N] each, or None.
 
-    Returns (x, cache). With a cache the new keys and values are written to `slots` [B, S] of it and attention runs over it.
+    Returns (x, cache). With a cache the new keys and values are written to its `slots` [B, S] and attention runs over it.
     """
     keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
     split = lambda y: y.reshape(*y.shape[:2], -1, self.head_width)
@@ -105,15 +105,18 @@ class Decoder(nnx.Module):
     self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.width)))
     self.layers = stack(lambda rngs: DecoderLayer(config, lora, rngs=rngs), config.layers, rngs)
     self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
-    self.head = None if config.tied_embeddings else nnx.Param(normal(0.02)(rngs.params(), (config.width, config.vocab_size)))
+    self.head = (
+      None if config.tied_embeddings else nnx.Param(normal(0.02)(rngs.params(), (config.width, config.vocab_size)))
+    )
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Token ids [B, S] -> embeddings [B, S, D] in the decoder's type."""
     return self.embedding[...][tokens].astype(self.dtype)
 
   @jax.named_scope("decoder")
-  def __call__(self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array,
-               dropout_key: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array, dropout_key: jax.Array | None = None
+  ) -> jax.Array:
     """Normed hidden states [B, S, D] of whole rows; a token sees the earlier ones of its own segment.
 
     embeddings [B, S, D], positions and segment_ids int [B, S]. With a key the adapters' dropout is active.
@@ -137,7 +140,7 @@ class Decoder(nnx.Module):
   def extend(self, embeddings: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Normed hidden states [B, S, D] of new tokens at `positions` [B, S], and the cache with them in it.
 
-    A token sees every slot up to its own position, so what stands in later slots (padding, an abandoned answer) is not seen.
+    A token sees every slot up to its own position, so what stands in later slots, such as padding, is not seen.
     """
     slots = jnp.arange(cache.keys.shape[2])
     mask = (slots[None, None, :] <= positions[:, :, None])[:, None]

@@ -1,6 +1,6 @@
 """The small parts that the towers and projectors share: linear layers, norms, and stacks of equal layers."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,21 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 class Linear(nnx.Module):
   """y = x W + b, with an optional low-rank adapter beside W.
 
-  Weights may be stored in any float type; the product is taken in the type of x. `kernel` is [in, out], the transpose of what
-  PyTorch stores.
+  Weights may be stored in any float type; the product is taken in the type of x. `kernel` is [in, out], the transpose
+  of what PyTorch stores.
   """
 
-  def __init__(self, in_width: int, out_width: int, *, bias: bool, rngs: nnx.Rngs, kernel_init: Callable = normal(0.02),
-               bias_init: Callable = zeros, lora: Lora | None = None):
+  def __init__(
+    self,
+    in_width: int,
+    out_width: int,
+    *,
+    bias: bool,
+    rngs: nnx.Rngs,
+    kernel_init: Callable = normal(0.02),
+    bias_init: Callable = zeros,
+    lora: Lora | None = None,
+  ):
     self.kernel = nnx.Param(kernel_init(rngs.params(), (in_width, out_width)))
     self.bias = nnx.Param(bias_init(rngs.params(), (out_width,))) if bias else None
     self.lora = lora
@@ -83,8 +92,8 @@ class RMSNorm(nnx.Module):
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
   """`count` modules made by `make` as one module whose arrays have a leading axis [count, ...].
 
-  `jax.lax.scan` over the result runs them one after another: one compiled body, and a few dozen arrays to hand over at each
-  step instead of thousands.
+  `jax.lax.scan` over the result runs them one after another: one compiled body, and a few dozen arrays to hand over at
+  each step instead of thousands.
   """
   split = nnx.split_rngs(splits=count)
   return split(nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: None}))(rngs)

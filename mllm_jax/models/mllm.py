@@ -21,14 +21,14 @@ class Mllm(nnx.Module):
     self.decoder = Decoder(config.decoder, config.lora, dtype=config.dtype, remat=config.remat, rngs=rngs)
 
   def visual_tokens(self, pixels: jax.Array) -> jax.Array:
-    """uint8 crops [B, K, H, W, 3] -> visual tokens [B, K*T, D]: crop after crop, all rows' crops in one pass of the tower."""
+    """uint8 crops [B, K, H, W, 3] -> visual tokens [B, K*T, D]; all crops in one pass of the tower."""
     rows, crops = pixels.shape[:2]
     images = self.vision.normalise(pixels).reshape(rows * crops, *pixels.shape[2:])
     tokens = self.projector(self.vision(images))
     return tokens.reshape(rows, -1, tokens.shape[-1])
 
   def embed(self, tokens: jax.Array, visual_index: jax.Array, visual_tokens: jax.Array) -> jax.Array:
-    """The decoder's input [B, S, D]: token embeddings, and row `visual_index` of the visual tokens where it is not -1."""
+    """The decoder's input [B, S, D]: token embeddings, and row `visual_index` of the visual tokens where it is one."""
     text = self.decoder.embed(tokens)
     visual = jnp.take_along_axis(visual_tokens, jnp.maximum(visual_index, 0)[..., None], axis=1)
     return jnp.where((visual_index >= 0)[..., None], visual.astype(text.dtype), text)

@@ -9,8 +9,8 @@ from mllm_jax.models.attention import attention
 from mllm_jax.models.layers import LayerNorm, Linear, normal, stack
 
 ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
 
@@ -41,13 +41,15 @@ class VisionLayer(nnx.Module):
 class VisionTower(nnx.Module):
   """Patch features `hidden_states[select_layer]` without the class token, as LLaVA takes them.
 
-  Only the layers that are used exist: with the released select_layer -2 the last layer and the post-norm are neither computed
-  nor stored.
+  Only the layers that are used exist: with the released select_layer -2 the last layer and the post-norm are neither
+  computed nor stored.
   """
 
   def __init__(self, config: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
     if config.image_size % config.patch_size:
-      raise ConfigError(f"vision.image_size={config.image_size} is no multiple of vision.patch_size={config.patch_size}")
+      raise ConfigError(
+        f"vision.image_size={config.image_size} is no multiple of vision.patch_size={config.patch_size}"
+      )
     if config.activation not in ACTIVATIONS:
       raise ConfigError(f"vision.activation={config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     self.config = config
@@ -66,7 +68,7 @@ class VisionTower(nnx.Module):
 
   @jax.named_scope("vision")
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Normalised images, float [B, H, W, 3] -> patch features [B, P, C], row-major over the grid, in the tower's type."""
+    """Normalised images, float [B, H, W, 3] -> patch features [B, P, C], row-major over the grid."""
     config, grid, side = self.config, self.config.grid, self.config.patch_size
     patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side**2 * 3)
     x = self.patch_embedding(patches.astype(self.dtype))

@@ -14,6 +14,7 @@ from mllm_jax.training.step import TrainState
 
 BOOKKEEPING = 2**24  # bytes; what orbax writes beside the arrays, with room to spare
 
+
 class CheckpointError(RuntimeError):
   """A checkpoint that cannot be written, or does not fit the run; the message names the folder and the remedy."""
 
@@ -33,8 +34,8 @@ class Checkpoints:
   def save(self, state: TrainState, meta: dict[str, Any]) -> None:
     """Starts to write the state. Returns once it is copied off the device; `wait` returns once it is on the disk.
 
-    Raises CheckpointError where the disk is too full, or a write that was started before has failed. What was saved before
-    is still there then.
+    Raises CheckpointError where the disk is too full, or a write that was started before has failed. What was saved
+    before is still there then.
     """
     step = int(state.step)
     if step in self.manager.all_steps():
@@ -43,10 +44,14 @@ class Checkpoints:
     free = shutil.disk_usage(self.folder).free
     needed = 1.1 * size + BOOKKEEPING
     if free < needed:
-      raise CheckpointError(f"{self.folder}: a checkpoint needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
-                            "make room and start the same command again, it continues from the last checkpoint")
+      raise CheckpointError(
+        f"{self.folder}: a checkpoint needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+        "make room and start the same command again, it continues from the last checkpoint"
+      )
     with self._explained():
-      self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta)))
+      self.manager.save(
+        step, args=ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta))
+      )
 
   def wait(self) -> None:
     """Returns when everything is on the disk. Raises CheckpointError where that failed."""
@@ -71,9 +76,15 @@ class Checkpoints:
   def restore_trainable(self, step: int, like: dict[str, Any]) -> dict[str, jax.Array]:
     """Only the trainable arrays of a step; `like` has a ShapeDtypeStruct with its sharding for each."""
     args = ocp.args.PyTreeRestore(
-        item={"trainable": like}, partial_restore=True,
-        restore_args={"trainable": {path: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-                                    for path, x in like.items()}})
+      item={"trainable": like},
+      partial_restore=True,
+      restore_args={
+        "trainable": {
+          path: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+          for path, x in like.items()
+        }
+      },
+    )
     with self._explained():
       return ocp.PyTreeCheckpointer().restore(self.folder / str(step) / "state", args=args)["trainable"]
 
@@ -98,12 +109,21 @@ class _Explained:
       return False
     text = " ".join(str(error).split())
     if "No space left" in text or "RESOURCE_EXHAUSTED" in text or "Disk quota" in text:
-      raise CheckpointError(f"{self.folder}: the disk is full; what was saved before is still there. Make room and start the "
-                            "same command again") from error
-    raise CheckpointError(f"{self.folder}: {type(error).__name__}: {text[:600]}. If the checkpoint is of another model or "
-                          "version, use another --workdir") from error
+      raise CheckpointError(
+        f"{self.folder}: the disk is full; what was saved before is still there. Make room and start the "
+        "same command again"
+      ) from error
+    raise CheckpointError(
+      f"{self.folder}: {type(error).__name__}: {text[:600]}. If the checkpoint is of another model or "
+      "version, use another --workdir"
+    ) from error
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-  return {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer, "skipped": state.skipped,
-          "skipped_in_row": state.skipped_in_row}
+  return {
+    "step": state.step,
+    "trainable": state.trainable,
+    "optimizer": state.optimizer,
+    "skipped": state.skipped,
+    "skipped_in_row": state.skipped_in_row,
+  }

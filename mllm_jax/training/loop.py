@@ -22,13 +22,23 @@ class NotFinite(RuntimeError):
   """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
-def run_steps(train_step: Callable, state: TrainState, frozen: dict[str, jax.Array], batches: Iterator[tuple[list[str], Batch]], *,
-              steps: int, mesh: Mesh, reporter: "Reporter", save: Callable[[TrainState], None], save_every: int,
-              stopped: Callable[[], bool]) -> TrainState:
+def run_steps(
+  train_step: Callable,
+  state: TrainState,
+  frozen: dict[str, jax.Array],
+  batches: Iterator[tuple[list[str], Batch]],
+  *,
+  steps: int,
+  mesh: Mesh,
+  reporter: "Reporter",
+  save: Callable[[TrainState], None],
+  save_every: int,
+  stopped: Callable[[], bool],
+) -> TrainState:
   """Takes steps until `steps` are done or `stopped()`, and returns the state.
 
-  While the device computes one step the next batch is made and handed over; a step's numbers are read after that. On a bad
-  sample, or when too many steps were not finite, what was reached is saved before DataError or NotFinite is raised.
+  While the device computes one step the next batch is made and handed over; a step's numbers are read after that. On a
+  bad sample, or when too many steps were not finite, what was reached is saved before DataError or NotFinite is raised.
   """
   start = int(state.step)
   in_flight = []
@@ -56,12 +66,16 @@ def run_steps(train_step: Callable, state: TrainState, frozen: dict[str, jax.Arr
 
 
 class Reporter:
-  """Shows and logs the numbers of finished steps: the progress bar, metrics.jsonl, and the ids of batches that went wrong."""
+  """Shows and logs the numbers of finished steps: progress bar, metrics.jsonl, the ids of batches that went wrong."""
 
-  def __init__(self, config: Config, name: str, stage: StageConfig, folder: Path, log: MetricsLog, start: int, steps: int):
+  def __init__(
+    self, config: Config, name: str, stage: StageConfig, folder: Path, log: MetricsLog, start: int, steps: int
+  ):
     self.config, self.name, self.folder, self.log, self.steps = config, name, folder, log, steps
     self.clock = Clock(stage.batch_size)
-    self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True)
+    self.bar = tqdm(
+      total=steps, initial=start, desc=name, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True
+    )
 
   def __enter__(self) -> "Reporter":
     return self
@@ -78,20 +92,33 @@ class Reporter:
     if bad:
       path = self.folder / "nonfinite.jsonl"
       with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "ids": ids}) + "\n")
-      self.bar.write(f"step {step}: loss or gradient is not finite; the step is not applied, its samples are named in {path}")
+        file.write(
+          json.dumps({"step": step, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "ids": ids})
+          + "\n"
+        )
+      self.bar.write(
+        f"step {step}: loss or gradient is not finite; the step is not applied, its samples are named in {path}"
+      )
     if bad or step % self.config.log_every == 0 or step == self.steps:
       self._write(step, values | self.clock.rates())
     if bad >= self.config.max_nonfinite:
-      raise NotFinite(f"{self.name}, step {step}: {bad} steps in a row had a loss or gradient that is not finite (max_nonfinite="
-                      f"{self.config.max_nonfinite}); saved. Look at the samples named in {self.folder / 'nonfinite.jsonl'}, or "
-                      "lower the learning rate and use another --workdir")
+      raise NotFinite(
+        f"{self.name}, step {step}: {bad} steps in a row had a loss or gradient that is not finite (max_nonfinite="
+        f"{self.config.max_nonfinite}); saved. Look at the samples named in {self.folder / 'nonfinite.jsonl'}, or "
+        "lower the learning rate and use another --workdir"
+      )
 
   def _write(self, step: int, values: dict[str, Any]) -> None:
     # JSON has no infinities: a number that is not finite is left out of its row.
-    self.log.write({"stage": self.name, "step": step} | {key: value for key, value in values.items() if abs(value) < float("inf")})
-    self.bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['learning_rate']:.1e}",
-                         samples_per_s=f"{values['samples_per_s']:.1f}", tokens_per_s=f"{values['tokens_per_s']:.0f}")
+    self.log.write(
+      {"stage": self.name, "step": step} | {key: value for key, value in values.items() if abs(value) < float("inf")}
+    )
+    self.bar.set_postfix(
+      loss=f"{values['loss']:.3f}",
+      lr=f"{values['learning_rate']:.1e}",
+      samples_per_s=f"{values['samples_per_s']:.1f}",
+      tokens_per_s=f"{values['tokens_per_s']:.0f}",
+    )
 
 
 class Clock:

@@ -23,7 +23,9 @@ class MetricsLog:
       try:
         import wandb
       except ImportError as error:
-        raise ConfigError(f"wandb_project={wandb_project!r} needs the package wandb; run `pip install wandb`") from error
+        raise ConfigError(
+          f"wandb_project={wandb_project!r} needs the package wandb; run `pip install wandb`"
+        ) from error
       self.wandb = wandb.init(project=wandb_project, name=name, config=config, dir=str(folder), resume="allow")
 
   def write(self, row: dict[str, Any]) -> None:
@@ -39,8 +41,8 @@ class MetricsLog:
   def forget_after(self, stage: str, step: int) -> None:
     """Takes the rows of `stage` with a later step than `step` out of metrics.jsonl, and a half-written last line.
 
-    A run that was killed has logged steps after its last checkpoint, and is about to log them again. The new file is written
-    beside the old one and renamed.
+    A run that was killed has logged steps after its last checkpoint, and is about to log them again. The new file is
+    written beside the old one and renamed.
     """
     self.file.close()
     kept = []

@@ -23,12 +23,13 @@ def schedule(steps: int, warmup_ratio: float) -> optax.Schedule:
 
 
 def make(stage: StageConfig, trainable: dict[str, Any]) -> optax.GradientTransformation:
-  """Gradients -> AdamW updates before the learning rate, which the step multiplies in by parameter: -rate * factor * update.
+  """Gradients -> AdamW updates before the learning rate, which the step multiplies in by parameter: -rate * factor *
+  update.
 
   `trainable` is {path: array or shape}; only its paths are looked at. Moments are float32, as the parameters are.
   """
   decayed = {path: not UNDECAYED.fullmatch(path) for path in trainable}
   return optax.chain(
-      optax.scale_by_adam(b1=stage.beta1, b2=stage.beta2, eps=stage.eps),
-      optax.add_decayed_weights(stage.weight_decay, mask=decayed),
+    optax.scale_by_adam(b1=stage.beta1, b2=stage.beta2, eps=stage.eps),
+    optax.add_decayed_weights(stage.weight_decay, mask=decayed),
   )

@@ -1,13 +1,15 @@
 """One training step: loss, gradient, update; and the state that it carries from step to step."""
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mllm_jax import parameters, sharding
 from mllm_jax.batch import Batch
@@ -35,8 +37,13 @@ class TrainState:
 def state_shardings(optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: Mesh) -> TrainState:
   """The sharding of each leaf of the state: moments lie where their parameter does."""
   specs, whole = sharding.parameter_shardings(trainable, mesh), sharding.replicated(mesh)
-  moments = optax.tree_utils.tree_map_params(optimizer, lambda _, spec: spec, jax.eval_shape(optimizer.init, trainable), specs,
-                                             transform_non_params=lambda _: whole)
+  moments = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, spec: spec,
+    jax.eval_shape(optimizer.init, trainable),
+    specs,
+    transform_non_params=lambda _: whole,
+  )
   return TrainState(whole, specs, moments, whole, whole)
 
 
@@ -56,13 +63,21 @@ def loss_and_tokens(model: nnx.Module, batch: Batch, dropout_key: jax.Array | No
   return loss, batch.loss_weights.sum()
 
 
-def make_step(graphdef: nnx.GraphDef, stage: StageConfig, learning_rates: dict[str, float], steps: int, seed: int, mesh: Mesh,
-              optimizer: optax.GradientTransformation, shardings: TrainState) -> Callable:
+def make_step(
+  graphdef: nnx.GraphDef,
+  stage: StageConfig,
+  learning_rates: dict[str, float],
+  steps: int,
+  seed: int,
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  shardings: TrainState,
+) -> Callable:
   """The compiled function (state, frozen, batch [A, B, ...]) -> (state, metrics); the state is donated.
 
-  The A micro-batches' summed gradients are added in float32 and divided by all their trained tokens once: the result is the
-  same however the batch is cut. (Averaging the micro-batches' means, as is often done, weighs tokens by the length of their
-  neighbours.) A step whose loss or gradient is not finite changes nothing but the counters.
+  The A micro-batches' summed gradients are added in float32 and divided by all their trained tokens once: the result is
+  the same however the batch is cut. (Averaging the micro-batches' means, as is often done, weighs tokens by the length
+  of their neighbours.) A step whose loss or gradient is not finite changes nothing but the counters.
   """
   factor = optimizer_lib.schedule(steps, stage.warmup_ratio)
   rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
@@ -102,10 +117,21 @@ def make_step(graphdef: nnx.GraphDef, stage: StageConfig, learning_rates: dict[s
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     bad = 1 - finite.astype(jnp.int32)
-    state = TrainState(state.step + 1, keep(trainable, state.trainable), keep(moments, state.optimizer),
-                       state.skipped + bad, (state.skipped_in_row + 1) * bad)
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": scale * max(learning_rates.values()), "tokens": tokens,
-               "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+    state = TrainState(
+      state.step + 1,
+      keep(trainable, state.trainable),
+      keep(moments, state.optimizer),
+      state.skipped + bad,
+      (state.skipped_in_row + 1) * bad,
+    )
+    metrics = {
+      "loss": loss,
+      "grad_norm": norm,
+      "learning_rate": scale * max(learning_rates.values()),
+      "tokens": tokens,
+      "skipped": state.skipped,
+      "skipped_in_row": state.skipped_in_row,
+    }
     return state, metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

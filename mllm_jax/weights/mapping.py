@@ -11,7 +11,7 @@ only.
 import dataclasses
 import math
 import re
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp

@@ -84,8 +84,9 @@ def test_the_decoder_was_trained_on_rows_as_the_templates_make_them(tokenizer, s
       turns += [Turn("human", ("" if i else "<image>\n") + question.text), Turn("gpt", question.answer)]
     captioned = [Turn("human", "<image>"), Turn("gpt", caption)]
     for expected, (before, parts) in (
-        (chat.encode(turns, "vicuna_v1", tokenizer, 1), speaker.conversation(questions)),
-        (chat.encode(captioned, "plain", tokenizer, 1), speaker.caption(caption))):
+      (chat.encode(turns, "vicuna_v1", tokenizer, 1), speaker.conversation(questions)),
+      (chat.encode(captioned, "plain", tokenizer, 1), speaker.caption(caption)),
+    ):
       ids = [*before, PICTURE, *(i for part, _ in parts for i in part)]
       trained_on = [False] * (len(before) + 1) + [on for part, on in parts for _ in part]
       np.testing.assert_array_equal(ids, expected.ids)

@@ -35,21 +35,29 @@ def only(found):
 def answer(scene, question):
   """The answer by reading the question."""
   rules = [
-      (r"(?:What digit is|Which digit stands) at the (.*)",
-       lambda at: only(find(scene, f"the digit at the {at}"))["digit"]),
-      (r"(?:What digit is|Which digit is written in) (\w+)", lambda c: only(find(scene, f"the {c} digit"))["digit"]),
-      (r"Where (?:is|does) (.*?)(?: stand)?", lambda name: only(find(scene, name))["at"]),
-      (r"How many digits (?:are there|does the picture show)", lambda: NUMBERS[len(scene.objects)]),
-      (r"How many digits are (\w+)", lambda c: NUMBERS[len(find(scene, f"the {c} digit"))]),
-      (r"How many (\w+) digits are there", lambda c: NUMBERS[len(find(scene, f"the {c} digit"))]),
-      (r"How many times (?:is there a|does the) digit (\d)(?: stand there)?",
-       lambda d: NUMBERS[len(find(scene, f"a digit {d}"))]),
-      (r"(?:What colour is the ground|Which colour does the ground show)", lambda: scene.ground),
-      (r"(?:What colour|In which colour) is (the digit .*?)(?: written)?",
-       lambda name: only(find(scene, name))["colour"]),
-      (r"(?:Is|Does) (the .*?)(?: stand)? left or right of (the .*)",
-       lambda a, b: "left" if only(find(scene, a))["x"] < only(find(scene, b))["x"] else "right"),
-      (r"(?:Is there|Does the picture show) (a .*)", lambda name: "yes" if find(scene, name) else "no"),
+    (
+      r"(?:What digit is|Which digit stands) at the (.*)",
+      lambda at: only(find(scene, f"the digit at the {at}"))["digit"],
+    ),
+    (r"(?:What digit is|Which digit is written in) (\w+)", lambda c: only(find(scene, f"the {c} digit"))["digit"]),
+    (r"Where (?:is|does) (.*?)(?: stand)?", lambda name: only(find(scene, name))["at"]),
+    (r"How many digits (?:are there|does the picture show)", lambda: NUMBERS[len(scene.objects)]),
+    (r"How many digits are (\w+)", lambda c: NUMBERS[len(find(scene, f"the {c} digit"))]),
+    (r"How many (\w+) digits are there", lambda c: NUMBERS[len(find(scene, f"the {c} digit"))]),
+    (
+      r"How many times (?:is there a|does the) digit (\d)(?: stand there)?",
+      lambda d: NUMBERS[len(find(scene, f"a digit {d}"))],
+    ),
+    (r"(?:What colour is the ground|Which colour does the ground show)", lambda: scene.ground),
+    (
+      r"(?:What colour|In which colour) is (the digit .*?)(?: written)?",
+      lambda name: only(find(scene, name))["colour"],
+    ),
+    (
+      r"(?:Is|Does) (the .*?)(?: stand)? left or right of (the .*)",
+      lambda a, b: "left" if only(find(scene, a))["x"] < only(find(scene, b))["x"] else "right",
+    ),
+    (r"(?:Is there|Does the picture show) (a .*)", lambda name: "yes" if find(scene, name) else "no"),
   ]
   for pattern, rule in rules:
     if match := re.fullmatch(pattern + r"\?", question):
@@ -90,5 +98,7 @@ def test_captions_name_every_object():
     caption = texts.caption(rng, scene)
     assert f"on {scene.ground} ground" in caption and f" {NUMBERS[len(scene.objects)]} digit" in caption
     for thing in things(scene):
-      assert (f"a {thing['colour']} {thing['digit']} at the {thing['at']}" in caption
-              or f"at the {thing['at']} a {thing['colour']} {thing['digit']}" in caption)
+      assert (
+        f"a {thing['colour']} {thing['digit']} at the {thing['at']}" in caption
+        or f"at the {thing['at']} a {thing['colour']} {thing['digit']}" in caption
+      )

@@ -26,12 +26,14 @@ def released(tmp_path_factory):
   language = dict(np.load(GOLDENS / "llama_mha.npz"))
   folder, flat = tmp_path_factory.mktemp("weights"), {}
   _, targets = parameters.flatten(abstract(RELEASED))
-  parts = [("clip.", "vision/", golden, clip.table(RELEASED.vision)),
-           ("w.", "decoder/", language, llama.table(RELEASED.decoder)),
-           ("w.", "projector/", golden, spatial.table(RELEASED.projector, RELEASED.vision.grid))]
+  parts = [
+    ("clip.", "vision/", golden, clip.table(RELEASED.vision)),
+    ("w.", "decoder/", language, llama.table(RELEASED.decoder)),
+    ("w.", "projector/", golden, spatial.table(RELEASED.projector, RELEASED.vision.grid)),
+  ]
   for prefix, ours, arrays, table in parts:
     file = folder / f"{ours[:-1]}.safetensors"
-    save_file({name[len(prefix):]: array for name, array in arrays.items() if name.startswith(prefix)}, file)
+    save_file({name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}, file)
     flat |= load(open_weights(file), table, {path: target for path, target in targets.items() if path.startswith(ours)})
   graphdef, _ = parameters.flatten(abstract(RELEASED))
   return parameters.unflatten(graphdef, flat), golden
@@ -51,9 +53,18 @@ def tiny():
 def tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
   shutil.copyfile(GOLDENS / "tiny_spm.model", folder / "tokenizer.model")
-  (folder / "tokenizer_config.json").write_text(json.dumps(
-    {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "unk_token": "<unk>",
-     "bos_token": "<s>", "eos_token": "</s>"}))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps(
+      {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+      }
+    )
+  )
   (folder / "config.json").write_text('{"model_type": "llama"}')
   return chat.load_tokenizer(str(folder))
 

@@ -40,16 +40,17 @@ def test_greedy_answer_is_the_released_one(released):
   np.testing.assert_allclose(logits[0], golden["gen.first_logits"], atol=2e-5)  # float32 sums in another order
 
 
-
-
 def test_greedy_equals_a_loop_without_cache(tiny, prompts):
   batch, answer = prompts[0], Engine(tiny, NO_EOS).generate(prompts[0], 8)[0]
   length = batch.tokens.shape[1]
   tokens = np.pad(batch.tokens, ((0, 0), (0, 8)))
   index = np.pad(batch.visual_index, ((0, 0), (0, 8)), constant_values=-1)
   positions = np.arange(length + 8, dtype=np.int32)[None]
-  forward = jax.jit(lambda model, tokens: model.decoder.logits(model.decoder(
-    model.embed(tokens, index, model.visual_tokens(batch.pixels)), positions, jnp.ones_like(positions))))
+  forward = jax.jit(
+    lambda model, tokens: model.decoder.logits(
+      model.decoder(model.embed(tokens, index, model.visual_tokens(batch.pixels)), positions, jnp.ones_like(positions))
+    )
+  )
   for step in range(8):
     tokens[0, length + step] = np.argmax(forward(tiny, tokens)[0, length + step - 1])
   assert answer == tokens[0, length:].tolist()
@@ -81,7 +82,7 @@ def test_answers_end_before_eos_each_for_itself(tiny, prompts):
   batch = stack(prompts, 40)
   free = Engine(tiny, NO_EOS).generate(batch, 8)
   eos = free[0][3]  # becomes the end in row 0, wherever else it comes up too
-  expected = [answer[:answer.index(eos)] if eos in answer else answer for answer in free]
+  expected = [answer[: answer.index(eos)] if eos in answer else answer for answer in free]
   assert len({len(answer) for answer in expected}) > 1
   assert Engine(tiny, eos).generate(batch, 8) == expected
   assert list(Engine(tiny, eos).stream(prompts[0], 8)) == expected[0]
@@ -115,8 +116,9 @@ def test_compiles_once_for_a_shape(tiny, prompts):
 
 
 def test_weights_are_arguments_not_constants(tiny, prompts):
-  text = engine_lib._generate.lower(tiny, prompts[2], jax.random.key(0), np.int32(2), max_new_tokens=8,
-                                    sampling=Sampling(), mesh=None).as_text()
+  text = engine_lib._generate.lower(
+    tiny, prompts[2], jax.random.key(0), np.int32(2), max_new_tokens=8, sampling=Sampling(), mesh=None
+  ).as_text()
   assert len(text) < 400_000  # the weights alone would be millions of characters
 
 
@@ -160,8 +162,11 @@ else:
 
 
 def test_same_answers_on_eight_devices():
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # a third of the time to compile
+  env = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  }  # a third of the time to compile
   code = ON_A_MESH.format(folder=os.path.dirname(__file__))
   done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]

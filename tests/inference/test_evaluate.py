@@ -25,8 +25,13 @@ def records(tmp_path_factory):
     noise = np.random.default_rng(number).integers(0, 256, (40, 70, 3), np.uint8)
     Image.fromarray(noise).save(folder / f"{number}.png")
   samples = [
-    {"id": "first", "image": "0.png", "conversations": qa("<image>\nHow many?", "two", "count")
-     + qa("Which colour?", "red", "colour") + qa("Anything else?", "no")},
+    {
+      "id": "first",
+      "image": "0.png",
+      "conversations": qa("<image>\nHow many?", "two", "count")
+      + qa("Which colour?", "red", "colour")
+      + qa("Anything else?", "no"),
+    },
     {"id": "second", "image": "1.png", "category": "count", "conversations": qa("How many? <image>", " two\n")},
     {"id": "text", "conversations": qa("A long question about nothing that any picture shows at all?", "no", "text")},
   ]
@@ -49,19 +54,37 @@ class Scripted:
 
 def test_questions_are_asked_alone_and_counted_by_kind(records, processor):
   engine, calls = Scripted(processor.tokenizer), []
-  result = exact_match(engine, processor, records, batch_size=2, max_new_tokens=7, blank=True,
-                       progress=lambda done, total: calls.append((done, total)))
+  result = exact_match(
+    engine,
+    processor,
+    records,
+    batch_size=2,
+    max_new_tokens=7,
+    blank=True,
+    progress=lambda done, total: calls.append((done, total)),
+  )
   assert [prediction.answer for prediction in result.predictions] == ["two"] * 4 + ["no"]
   assert [prediction.blank_answer for prediction in result.predictions] == ["no"] * 5
   assert [prediction.correct for prediction in result.predictions] == [True, False, False, True, True]
   assert [(q.question.sample_id, q.question.category) for q in result.predictions] == [
-    ("first", "count"), ("first", "colour"), ("first", ""), ("second", "count"), ("text", "text")]
+    ("first", "count"),
+    ("first", "colour"),
+    ("first", ""),
+    ("second", "count"),
+    ("text", "text"),
+  ]
   assert {kind: score.count for kind, score in result.categories.items()} == {"colour": 1, "count": 2, "text": 1}
   assert result.overall.count == 5
   assert result.metrics() == {
-    "eval/exact_match": 0.6, "eval/exact_match/colour": 0.0, "eval/exact_match/count": 1.0,
+    "eval/exact_match": 0.6,
+    "eval/exact_match/colour": 0.0,
+    "eval/exact_match/count": 1.0,
     "eval/exact_match/text": 1.0,
-    "eval/blank": 0.4, "eval/blank/colour": 0.0, "eval/blank/count": 0.0, "eval/blank/text": 1.0}
+    "eval/blank": 0.4,
+    "eval/blank/colour": 0.0,
+    "eval/blank/count": 0.0,
+    "eval/blank/text": 1.0,
+  }
   assert calls == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
 
 

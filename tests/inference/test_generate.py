@@ -44,20 +44,23 @@ def test_prints_the_answer_and_nothing_else(restored, picture, tmp_path, tiny, p
   assert ("cut off" in printed.err) == (len(ids) == 6)
 
 
-@pytest.mark.parametrize("arguments, message", [
-  (["--workdir=/no/such/folder"], "--workdir /no/such/folder: no such folder"),
-  (["--prompt= "], "--prompt is empty"),
-  (["--prompt=<image>\n"], "--prompt is empty"),
-  (["--temperature=-1"], "--temperature is -1.0"),
-  (["--temperature=hot"], "--temperature"),
-  (["--top_p=0"], "--top_p is 0.0"),
-  (["--top_p=1.5"], "--top_p is 1.5"),
-  (["--top_k=-2"], "--top_k is -2"),
-  (["--max_new_tokens=0"], "--max_new_tokens is 0"),
-  (["--seed=-1"], "--seed is -1"),
-  (["--seed=4294967296"], "--seed is 4294967296"),
-  (["--nonsense=1"], "--nonsense=1"),
-])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--workdir=/no/such/folder"], "--workdir /no/such/folder: no such folder"),
+    (["--prompt= "], "--prompt is empty"),
+    (["--prompt=<image>\n"], "--prompt is empty"),
+    (["--temperature=-1"], "--temperature is -1.0"),
+    (["--temperature=hot"], "--temperature"),
+    (["--top_p=0"], "--top_p is 0.0"),
+    (["--top_p=1.5"], "--top_p is 1.5"),
+    (["--top_k=-2"], "--top_k is -2"),
+    (["--max_new_tokens=0"], "--max_new_tokens is 0"),
+    (["--seed=-1"], "--seed is -1"),
+    (["--seed=4294967296"], "--seed is 4294967296"),
+    (["--nonsense=1"], "--nonsense=1"),
+  ],
+)
 def test_arguments_out_of_range(arguments, message, tmp_path, capsys):
   with pytest.raises(SystemExit) as stop:
     generate.main([f"--workdir={tmp_path}", "--prompt=hm", *arguments])
@@ -66,11 +69,14 @@ def test_arguments_out_of_range(arguments, message, tmp_path, capsys):
   assert message in printed.err and printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("make, message", [
-  (lambda path: None, "no such file"),
-  (lambda path: path.write_text("no picture"), "cannot be read as a picture"),
-  (lambda path: path.mkdir(), "no such file"),
-])
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda path: None, "no such file"),
+    (lambda path: path.write_text("no picture"), "cannot be read as a picture"),
+    (lambda path: path.mkdir(), "no such file"),
+  ],
+)
 def test_pictures_that_cannot_be_read(make, message, tmp_path, capsys):
   make(tmp_path / "b.png")
   assert generate.main([f"--workdir={tmp_path}", "--prompt=hm", f"--image={tmp_path / 'b.png'}"]) == 2
@@ -100,7 +106,9 @@ def test_placeholders():
 
 
 def test_mistakes_are_told_before_anything_heavy_is_imported():
-  code = ("import sys\nfrom mllm_jax import generate\n"
-          "try: generate.main(['--workdir=/no/such/folder', '--prompt=a'])\nexcept SystemExit: pass\n"
-          "assert not {'jax', 'flax', 'tokenizers', 'transformers'} & set(sys.modules)")
+  code = (
+    "import sys\nfrom mllm_jax import generate\n"
+    "try: generate.main(['--workdir=/no/such/folder', '--prompt=a'])\nexcept SystemExit: pass\n"
+    "assert not {'jax', 'flax', 'tokenizers', 'transformers'} & set(sys.modules)"
+  )
   assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

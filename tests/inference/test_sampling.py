@@ -33,18 +33,21 @@ def test_frequencies_follow_the_temperature(temperature):
   np.testing.assert_allclose(drawn(Sampling(temperature)), expected / expected.sum(), atol=0.0145)
 
 
-@pytest.mark.parametrize("sampling, kept", [
-  (Sampling(1, top_k=1), [1]),
-  (Sampling(1, top_k=3), [1, 3, 4]),
-  (Sampling(1, top_k=99), [0, 1, 3, 4, 5]),
-  (Sampling(1, top_p=0.3), [1]),
-  (Sampling(1, top_p=0.41), [1, 3]),
-  (Sampling(1, top_p=0.84), [1, 3, 4]),
-  (Sampling(1, top_p=0.86), [1, 3, 4, 5]),
-  (Sampling(1, top_p=0.001), [1]),
-  (Sampling(1, top_k=2, top_p=0.61), [1]),  # after top_k the first has 0.4 / 0.65 = 0.615
-  (Sampling(1, top_k=2, top_p=0.62), [1, 3]),
-])
+@pytest.mark.parametrize(
+  "sampling, kept",
+  [
+    (Sampling(1, top_k=1), [1]),
+    (Sampling(1, top_k=3), [1, 3, 4]),
+    (Sampling(1, top_k=99), [0, 1, 3, 4, 5]),
+    (Sampling(1, top_p=0.3), [1]),
+    (Sampling(1, top_p=0.41), [1, 3]),
+    (Sampling(1, top_p=0.84), [1, 3, 4]),
+    (Sampling(1, top_p=0.86), [1, 3, 4, 5]),
+    (Sampling(1, top_p=0.001), [1]),
+    (Sampling(1, top_k=2, top_p=0.61), [1]),  # after top_k the first has 0.4 / 0.65 = 0.615
+    (Sampling(1, top_k=2, top_p=0.62), [1, 3]),
+  ],
+)
 def test_only_the_kept_tokens_come_in_their_proportions(sampling, kept):
   expected = np.where(np.isin(np.arange(6), kept), PROBABILITIES, 0)
   frequencies = drawn(sampling)
@@ -71,9 +74,19 @@ def test_a_row_draws_the_same_among_any_others():
     assert len(set(equal_rows.tolist())) > 1  # rows do not share a draw
 
 
-@pytest.mark.parametrize("name, value", [
-  ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 1e-40),
-  ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")), ("top_k", -1)])
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("temperature", -0.1),
+    ("temperature", float("nan")),
+    ("temperature", float("inf")),
+    ("temperature", 1e-40),
+    ("top_p", 0.0),
+    ("top_p", 1.1),
+    ("top_p", float("nan")),
+    ("top_k", -1),
+  ],
+)
 def test_settings_out_of_range(name, value):
   with pytest.raises(ValueError, match=f"^{name} is"):
     Sampling(**{name: value})

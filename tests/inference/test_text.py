@@ -4,8 +4,18 @@ import pytest
 
 from mllm_jax.inference.text import REPLACEMENT, Detokenizer
 
-TEXTS = ["A bus.", "  two  spaces ", "na\u00efve caf\u00e9", "\u4f60\u597d, \u4e16\u754c",
-         "a \U0001f9d1\u200d\U0001f680 b", "\U0001f600\U0001f601\U0001f602", "line\nbreak\n", "x", " ", ""]
+TEXTS = [
+  "A bus.",
+  "  two  spaces ",
+  "na\u00efve caf\u00e9",
+  "\u4f60\u597d, \u4e16\u754c",
+  "a \U0001f9d1\u200d\U0001f680 b",
+  "\U0001f600\U0001f601\U0001f602",
+  "line\nbreak\n",
+  "x",
+  " ",
+  "",
+]
 
 
 def pieces(decode, ids):

@@ -14,12 +14,18 @@ GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "sp"
 RELEASED = ModelConfig(
   vision=VisionConfig(width=16, layers=3, heads=2, mlp_width=32),
   decoder=DecoderConfig(vocab_size=320, width=64, layers=4, heads=4, kv_heads=4, head_width=16, mlp_width=160),
-  projector=ProjectorConfig(conv_width=8), dtype="float32", remat="none")
+  projector=ProjectorConfig(conv_width=8),
+  dtype="float32",
+  remat="none",
+)
 
 TINY = ModelConfig(
   vision=VisionConfig(image_size=56, width=16, layers=2, heads=2, mlp_width=32),
   decoder=DecoderConfig(vocab_size=320, width=32, layers=2, heads=2, kv_heads=1, head_width=16, mlp_width=64),
-  projector=ProjectorConfig(stride=1, dfi_kernel=2, conv_width=8), dtype="float32", remat="none")
+  projector=ProjectorConfig(stride=1, dfi_kernel=2, conv_width=8),
+  dtype="float32",
+  remat="none",
+)
 
 
 def prompt(ids, pixels=None, places=None, config=TINY) -> Batch:
@@ -35,6 +41,7 @@ def prompt(ids, pixels=None, places=None, config=TINY) -> Batch:
 
 def stack(batches, places) -> Batch:
   """Batches of any length as one, padded to `places`."""
+
   def join(name):
     fill = -1 if name == "visual_index" else 0
     arrays = [getattr(batch, name) for batch in batches]

@@ -1,4 +1,5 @@
-"""Against PyTorch, transformers and PEFT themselves: the shipped towers, checkpoints that torch wrote, adapters that PEFT wrote."""
+"""Against PyTorch, transformers and PEFT themselves: the shipped towers, checkpoints that torch wrote, adapters that
+PEFT wrote."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from mllm_jax.data import images
 from mllm_jax.models import lora as lora_lib
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.vision import VisionTower
-from mllm_jax.weights import clip, llama, mapping, peft as peft_table
+from mllm_jax.weights import clip, llama, mapping
+from mllm_jax.weights import peft as peft_table
 from mllm_jax.weights.io import open_weights
 
 pytestmark = pytest.mark.torch
@@ -57,7 +59,9 @@ def test_the_shipped_tower_gives_transformers_features():
     output = model(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()), output_hidden_states=True)
   expected = output.hidden_states[-2][:, 1:].numpy()
   # float32 sums in another order, five layers deep
-  np.testing.assert_allclose(np.asarray(tower(tower.normalise(jnp.asarray(picture)))), expected, atol=1e-4 * np.abs(expected).max())
+  np.testing.assert_allclose(
+    np.asarray(tower(tower.normalise(jnp.asarray(picture)))), expected, atol=1e-4 * np.abs(expected).max()
+  )
 
 
 def test_the_shipped_decoder_gives_transformers_logits_and_answers():
@@ -84,8 +88,14 @@ def test_checkpoints_that_torch_wrote_are_read_without_it(tmp_path, dtype):
   from transformers import LlamaConfig, LlamaForCausalLM
 
   torch.manual_seed(0)
-  config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2)
+  config = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+  )
   model = LlamaForCausalLM(config).to(getattr(torch, dtype))
   config.save_pretrained(tmp_path)
   torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")

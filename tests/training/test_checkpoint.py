@@ -76,6 +76,9 @@ def test_a_checkpoint_of_other_shapes_is_explained(tmp_path):
   checkpoints.save(training.state, {})
   checkpoints.wait()
   import dataclasses
-  wrong = dataclasses.replace(training.state, trainable={path: x for path, x in training.state.trainable.items() if "sfe" not in path})
+
+  wrong = dataclasses.replace(
+    training.state, trainable={path: x for path, x in training.state.trainable.items() if "sfe" not in path}
+  )
   with pytest.raises(CheckpointError, match="another --workdir"):
     checkpoints.restore(0, wrong)

@@ -10,7 +10,12 @@ from mllm_jax import parameters, sharding
 from mllm_jax.config import ConfigError, MeshConfig
 from mllm_jax.models.mllm import abstract
 
-SHAPES = [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=2, tensor=4), MeshConfig(data=8, fsdp=1)]
+SHAPES = [
+  MeshConfig(),
+  MeshConfig(data=2, fsdp=2, tensor=2),
+  MeshConfig(data=1, fsdp=2, tensor=4),
+  MeshConfig(data=8, fsdp=1),
+]
 
 
 def first_gradient(training: Training) -> dict[str, np.ndarray]:
@@ -42,17 +47,18 @@ def test_eight_devices_give_the_losses_and_gradients_of_one(shape, one_device):
 def test_state_lies_where_the_table_says_before_and_after_a_step():
   training = Training(MeshConfig(data=1, fsdp=4, tensor=2), devices=8)
   expected = {
-      "projector/sfe/kernels/3": P(None, None, ("fsdp", "tensor"), None),
-      "projector/head/kernel": P("fsdp", "tensor"),
-      "decoder/layers/q_proj/lora/a": P(None, "fsdp", None),
-      "decoder/layers/down_proj/lora/b": P(None, None, "fsdp"),
-      "projector/head/bias": P(None),
+    "projector/sfe/kernels/3": P(None, None, ("fsdp", "tensor"), None),
+    "projector/head/kernel": P("fsdp", "tensor"),
+    "decoder/layers/q_proj/lora/a": P(None, "fsdp", None),
+    "decoder/layers/down_proj/lora/b": P(None, None, "fsdp"),
+    "projector/head/bias": P(None),
   }
   for _ in range(2):
     moments = training.state.optimizer[0].mu
     for path, spec in expected.items():
       assert training.state.trainable[path].sharding.is_equivalent_to(
-          jax.sharding.NamedSharding(training.mesh, spec), training.state.trainable[path].ndim), path
+        jax.sharding.NamedSharding(training.mesh, spec), training.state.trainable[path].ndim
+      ), path
       assert moments[path].sharding.is_equivalent_to(training.state.trainable[path].sharding, moments[path].ndim), path
     training.step(make_batch(4))
   assert training.frozen["decoder/layers/o_proj/kernel"].sharding.spec == P(None, "tensor", "fsdp")
@@ -74,7 +80,9 @@ def test_a_dimension_that_its_axis_does_not_divide_stays_whole():
   assert sharding.partition_spec("decoder/embedding", (7, 12), mesh) == P("tensor", None)
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(data=-1, fsdp=-1), MeshConfig(fsdp=4), MeshConfig(data=0)])
+@pytest.mark.parametrize(
+  "config", [MeshConfig(data=3), MeshConfig(data=-1, fsdp=-1), MeshConfig(fsdp=4), MeshConfig(data=0)]
+)
 def test_axes_that_do_not_make_up_the_devices(config):
   with pytest.raises(ConfigError, match=f"mesh.data={config.data}, mesh.fsdp={config.fsdp}"):
     sharding.make_mesh(config, jax.devices())

@@ -19,8 +19,14 @@ def test_compiles_once_over_batches_with_and_without_pictures():
   for seed in range(3):
     training.step(make_batch(4, seed))
   text = make_batch(4, 3)
-  training.step(dataclasses.replace(text, visual_index=np.full_like(text.visual_index, -1), pixels=np.zeros_like(text.pixels),
-                                    grids=np.zeros_like(text.grids)))
+  training.step(
+    dataclasses.replace(
+      text,
+      visual_index=np.full_like(text.visual_index, -1),
+      pixels=np.zeros_like(text.pixels),
+      grids=np.zeros_like(text.grids),
+    )
+  )
   assert training.compiled._cache_size() == 1
 
 
@@ -32,7 +38,9 @@ def test_accumulation_is_exact_though_micro_batches_differ_in_trained_tokens():
   for _ in range(3):
     expected, found = whole.step(batch), cut.step(batch)
     assert found["tokens"] == expected["tokens"] == batch.loss_weights.sum()
-    np.testing.assert_allclose([found["loss"], found["grad_norm"]], [expected["loss"], expected["grad_norm"]], rtol=1e-5)
+    np.testing.assert_allclose(
+      [found["loss"], found["grad_norm"]], [expected["loss"], expected["grad_norm"]], rtol=1e-5
+    )
 
 
 def test_text_only_rows_give_the_pictures_no_gradient():
@@ -59,7 +67,9 @@ def test_a_step_that_is_not_finite_is_counted_and_changes_nothing():
   assert all((a == b).all() for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(kept)))
   metrics = training.step(batch)
   assert metrics["skipped_in_row"] == 0 and metrics["skipped"] == 2 and int(training.state.step) == 4
-  assert any((a != np.asarray(b)).any() for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(training.state.trainable)))
+  assert any(
+    (a != np.asarray(b)).any() for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(training.state.trainable))
+  )
 
 
 def test_clipping_bounds_the_gradient_that_adam_sees():
@@ -81,7 +91,8 @@ def test_loss_in_chunks_equals_float64(chunk_bytes, monkeypatch):
   hidden, targets = rng.normal(size=(2, 12, 16)).astype(np.float32), rng.integers(0, 40, (2, 12))
   weights = (rng.random((2, 12)) < 0.5).astype(np.float32)
   value, gradient = jax.jit(jax.value_and_grad(loss_lib.summed_cross_entropy, argnums=1))(
-      decoder, jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(weights))
+    decoder, jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(weights)
+  )
 
   head = np.asarray(decoder.head[...], np.float64)
   logits = hidden.astype(np.float64) @ head

@@ -1,12 +1,13 @@
 """The spatial projector of LLaVA-SP: a few spatial tokens that summarise the patch map, put before the patch tokens.
 
 Spatial feature extractor (SFE): maps of growing size, made from the H x H patch map by cropping around its centre or by
-adaptive average pooling, and for each map one convolution whose kernel covers it, so that it gives one token. Detail feature
-integrator (DFI): the tokens attend to a detail map, a strided convolution of the whole patch map, and what they find is put
-beside them. Both follow the paper; where the released code differs from it `ProjectorConfig` says which is meant.
+adaptive average pooling, and for each map one convolution whose kernel covers it, so that it gives one token. Detail
+feature integrator (DFI): the tokens attend to a detail map, a strided convolution of the whole patch map, and what they
+find is put beside them. Both follow the paper; where the released code differs from it `ProjectorConfig` says which is
+meant.
 
-The released code also replaces NaN and infinities by finite numbers in DFI. That is left out: it hides a broken run, and
-changes nothing in a sound one.
+The released code also replaces NaN and infinities by finite numbers in DFI. That is left out: it hides a broken run,
+and changes nothing in a sound one.
 """
 
 import math
@@ -39,20 +40,25 @@ def map_sizes(config: ProjectorConfig, grid: int) -> tuple[int, ...]:
       raise ConfigError(f"projector.sizes={sizes} must grow and lie in 1..{grid}, the tower's grid")
     off_centre = [size for size in sizes if (grid - size) % 2]
     if config.maps == "cropping" and off_centre:
-      raise ConfigError(f"projector.sizes={sizes}: {off_centre} cannot be centred in a grid of {grid}; "
-                        f"use {'even' if grid % 2 == 0 else 'odd'} sizes")
+      raise ConfigError(
+        f"projector.sizes={sizes}: {off_centre} cannot be centred in a grid of {grid}; "
+        f"use {'even' if grid % 2 == 0 else 'odd'} sizes"
+      )
     return sizes
   if config.stride < 1 or grid % (2 * config.stride):
     fitting = [stride for stride in range(1, grid // 2 + 1) if grid % (2 * stride) == 0]
-    raise ConfigError(f"projector.stride={config.stride} does not fit a grid of {grid}: maps growing by {config.stride} on "
-                      f"each side never end at {grid}; use one of {fitting}" if fitting else
-                      f"projector.stride={config.stride} does not fit a grid of {grid}: it is odd; name the map sizes in "
-                      "projector.sizes instead")
+    raise ConfigError(
+      f"projector.stride={config.stride} does not fit a grid of {grid}: maps growing by {config.stride} on "
+      f"each side never end at {grid}; use one of {fitting}"
+      if fitting
+      else f"projector.stride={config.stride} does not fit a grid of {grid}: it is odd; name the map sizes in "
+      "projector.sizes instead"
+    )
   return tuple(range(2 * config.stride, grid + 1, 2 * config.stride))
 
 
 def has_head_bias(config: ProjectorConfig) -> bool:
-  """Whether the last linear layer of the spatial tokens has a bias. In the released code only cropping with DFI has one."""
+  """Whether the last linear layer of the spatial tokens has a bias. As released only cropping with DFI has one."""
   choices = {"released": config.maps == "cropping" and config.dfi_kernel > 0, "always": True, "never": False}
   if config.head_bias not in choices:
     raise ConfigError(f"projector.head_bias={config.head_bias!r} is unknown; known: {', '.join(choices)}")
@@ -81,6 +87,7 @@ class SpatialFeatureExtractor(nnx.Module):
     """One map [B, k, k, C] for each size k: crops around the centre, or the whole map pooled to k x k."""
     grid = patch_map.shape[1]
     if self.pooled:
+
       def pool(size):
         matrix = jnp.asarray(pooling_matrix(grid, size))
         rows = jnp.einsum("ij,bjkc->bikc", matrix, patch_map, preferred_element_type=jnp.float32)
@@ -88,12 +95,14 @@ class SpatialFeatureExtractor(nnx.Module):
 
       return [patch_map if size == grid else pool(size) for size in self.sizes]
     starts = [(grid - size) // 2 for size in self.sizes]
-    return [patch_map[:, start:start + size, start:start + size] for start, size in zip(starts, self.sizes)]
+    return [patch_map[:, start : start + size, start : start + size] for start, size in zip(starts, self.sizes)]
 
   def __call__(self, patch_map: jax.Array) -> jax.Array:
     # A kernel that covers its whole map is a matrix: each convolution is one product over all k * k * C inputs.
-    products = [jnp.einsum("bhwc,hwce->be", m, kernel[...].astype(m.dtype))
-                for m, kernel in zip(self.maps(patch_map), self.kernels)]
+    products = [
+      jnp.einsum("bhwc,hwce->be", m, kernel[...].astype(m.dtype))
+      for m, kernel in zip(self.maps(patch_map), self.kernels)
+    ]
     return jnp.stack(products, axis=1)
 
 
@@ -102,7 +111,9 @@ class DetailFeatureIntegrator(nnx.Module):
 
   def __init__(self, config: ProjectorConfig, grid: int, width: int, *, rngs: nnx.Rngs):
     if not 1 <= config.dfi_kernel <= grid:
-      raise ConfigError(f"projector.dfi_kernel={config.dfi_kernel} does not fit a grid of {grid}; use 1..{grid}, or 0 for none")
+      raise ConfigError(
+        f"projector.dfi_kernel={config.dfi_kernel} does not fit a grid of {grid}; use 1..{grid}, or 0 for none"
+      )
     conv_width = config.conv_width
     self.kernel = conv_kernel(config, config.dfi_kernel, width, rngs)
     self.query_norm, self.key_norm, self.value_norm = (LayerNorm(conv_width, DFI_NORM_EPS, rngs=rngs) for _ in range(3))
@@ -115,7 +126,7 @@ class DetailFeatureIntegrator(nnx.Module):
     """
     size = self.kernel.shape[0]
     starts = range(0, patch_map.shape[1] - size + 1, DFI_STRIDE)
-    windows = jnp.stack([patch_map[:, i:i + size, j:j + size] for i in starts for j in starts], axis=1)
+    windows = jnp.stack([patch_map[:, i : i + size, j : j + size] for i in starts for j in starts], axis=1)
     return jnp.einsum("bmhwc,hwce->bme", windows, self.kernel[...].astype(windows.dtype))
 
   def __call__(self, tokens: jax.Array, patch_map: jax.Array) -> jax.Array:
