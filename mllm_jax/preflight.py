@@ -16,7 +16,8 @@ DATA_COMMANDS = {
   ),
   "llava_v1_5_mix665k.json": (
     "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json --repo-type dataset --local-dir {folder}",
-    "put the pictures of COCO train2017, GQA, OCR-VQA, TextVQA and Visual Genome into {images}/coco/train2017, gqa/images,"
+    "put the pictures of COCO train2017, GQA, OCR-VQA, TextVQA and Visual Genome into {images}/coco/train2017,"
+    " gqa/images,"
     " ocr_vqa/images, textvqa/train_images, vg/VG_100K and vg/VG_100K_2; for COCO: "
     "curl -LO http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip -d {images}/coco",
   ),

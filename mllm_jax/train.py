@@ -27,7 +27,7 @@ from mllm_jax.weights.known import WeightsError
 
 
 class Stop:
-  """Remembers the first SIGTERM or SIGINT, so that the step under way can end and be saved; a second one ends the run."""
+  """Remembers the first SIGTERM or SIGINT, so that the step under way is still done and saved."""
 
   def __init__(self):
     self.signal = 0

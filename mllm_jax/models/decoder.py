@@ -72,7 +72,7 @@ class DecoderLayer(nnx.Module):
   def __call__(self, x, rotary, mask, cache=None, slots=None, dropout_key=None):
     """x [B, S, D]; mask bool [B, 1, S, T]; cache: this layer's (keys, values), [B, T, G, N] each, or None.
 
-    Returns (x, cache). With a cache the new keys and values are written to its `slots` [B, S] and attention runs over it.
+    Returns (x, cache). With a cache the new keys and values are written to its `slots` [B, S] and attended to.
     """
     keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
     split = lambda y: y.reshape(*y.shape[:2], -1, self.head_width)
