@@ -95,16 +95,12 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   try:
     for name in names:
       train_stage(config, name, workdir, mesh, log, stop)
+      write_report(config, name, workdir)
       if stop.signal:
         raise Stopped(128 + stop.signal, "stopped; the same command continues")
   finally:
     log.close()
-
-  # ---- report --------------------------------------------------------------------------------------------------------
-  rows = report.read_log(str(workdir / "metrics.jsonl"))
-  predictions = read_predictions(workdir / names[-1] / "evaluation.json")
-  report.write(str(workdir / "report.html"), config=config, log=rows, predictions=predictions)
-  say(summary(rows, workdir, time.time() - started))
+  say(summary(report.read_log(str(workdir / "metrics.jsonl")), workdir, time.time() - started))
 
 
 def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop) -> None:
@@ -354,6 +350,15 @@ def summary(rows: list[dict], workdir: Path, seconds: float) -> str:
   lines.append(f"  report       {workdir / 'report.html'}")
   lines.append(f'  ask it       python -m mllm_jax.generate --workdir={workdir} --image=FILE --prompt="..."')
   return "\n".join(lines)
+
+
+def write_report(config: Config, name: str, workdir: Path) -> None:
+  """The page about everything so far, with the answers of the stage `name`."""
+  from mllm_jax import report
+
+  rows = report.read_log(str(workdir / "metrics.jsonl"))
+  predictions = read_predictions(workdir / name / "evaluation.json")
+  report.write(str(workdir / "report.html"), config=config, log=rows, predictions=predictions)
 
 
 def read_predictions(path: Path) -> list:

@@ -73,10 +73,9 @@ def initial_parameters(scale: float = 4.0) -> dict[str, np.ndarray]:
 class Training:
   """A stage on a mesh; `step(batch)` gives the metrics as floats."""
 
-  def __init__(
-    self, mesh_config: MeshConfig = MeshConfig(), devices: int = 1, steps: int = 20, dropout: float = 0.1, **stage
-  ):
-    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=dropout))
+  def __init__(self, mesh_config=MeshConfig(), devices=1, steps=20, dropout=0.1, dtype="float32", **stage):
+    """`dtype` is that of the computation and of the frozen parameters."""
+    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=dropout), dtype=dtype)
     self.stage = StageConfig(lora=config.lora, parameters=recipes.parameter_table(1e-3, 1e-3), **stage)
     self.mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     flat = initial_parameters()
@@ -84,7 +83,7 @@ class Training:
     places = sharding.parameter_shardings(flat, self.mesh)
     flat = {path: jax.device_put(value, places[path]) for path, value in flat.items()}
     trainable = {path: value for path, value in flat.items() if rates[path]}
-    self.frozen = {path: value for path, value in flat.items() if not rates[path]}
+    self.frozen = {path: value.astype(dtype) for path, value in flat.items() if not rates[path]}
     graphdef, _ = parameters.flatten(abstract(config))
     optimizer = optimizer_lib.make(self.stage, trainable)
     self.shardings = step_lib.state_shardings(optimizer, trainable, self.mesh)

@@ -43,6 +43,15 @@ def test_accumulation_is_exact_though_micro_batches_differ_in_trained_tokens():
     )
 
 
+def test_bfloat16_computes_what_float32_does_but_for_its_rounding():
+  exact, rounded = Training(dropout=0.0, warmup_ratio=0.0), Training(dropout=0.0, warmup_ratio=0.0, dtype="bfloat16")
+  expected, found = ([training.step(make_batch(4, seed))["loss"] for seed in range(3)] for training in (exact, rounded))
+  np.testing.assert_allclose(found, expected, rtol=2e-3)  # bfloat16 has 8 bits; the loss averages over many tokens
+  assert found != expected
+  assert all(x.dtype == np.float32 for x in jax.tree.leaves((rounded.state.trainable, rounded.state.optimizer[0].mu)))
+  assert all(x.dtype == jnp.bfloat16 for x in rounded.frozen.values())
+
+
 def test_text_only_rows_give_the_pictures_no_gradient():
   training = Training()
   text = make_batch(2)
