@@ -138,13 +138,19 @@ def fit(loss, trainable, frozen, schedule, steps, make, log, name):
   return nnx.merge(graph, params)
 
 
-def train(steps: int, batch_size: int = 64, seed: int = 0, log=print) -> tuple[VisionTower, LastLayer]:
+def train(steps: int, log=print) -> tuple[VisionTower, LastLayer]:
   """The tower up to hidden_states[-2], and the last layer."""
+  lower = settle(train_lower(steps, log=log))
+  return lower, train_last(lower, steps // 10, log=log)
+
+
+def train_lower(steps: int, batch_size: int = 64, seed: int = 0, log=print) -> VisionTower:
+  """The layers up to hidden_states[-2]."""
   rng, rngs = np.random.default_rng(seed), nnx.Rngs(seed)
   lower = widen(VisionTower(CONFIG, dtype="float32", rngs=rngs))
   model = nnx.List([lower, PhraseHead(CONFIG.width, rngs)])
 
-  def lower_loss(model, frozen, pictures, words):
+  def loss(model, frozen, pictures, words):
     del frozen
     return contrast(model[1](model[0](model[0].normalise(pictures))), words)
 
@@ -153,19 +159,40 @@ def train(steps: int, batch_size: int = 64, seed: int = 0, log=print) -> tuple[V
     return make_batch(rng, batch_size, jitter=min(scenes.JITTER, int(done * 12)), full_share=max(0.0, 1 - 1.4 * done))
 
   schedule = optax.warmup_cosine_decay_schedule(0, 2e-3, 100, steps, 2e-5)
-  model = fit(lower_loss, model, None, schedule, steps, make, log, "vision")
-  lower = model[0]
+  return fit(loss, model, None, schedule, steps, make, log, "vision")[0]
 
-  upper = nnx.List([widen(LastLayer(CONFIG, rngs)), PhraseHead(CONFIG.width, rngs)])
 
-  def upper_loss(model, frozen, pictures, words):
+def settle(tower: VisionTower, size: float = 0.25, seed: int = 2) -> VisionTower:
+  """The tower with features centred between objects and ground, and `size` times as large.
+
+  The features carry the same information as before, but a projector learns from them several times sooner: with features
+  around 3 and far from zero, two of four starts had learnt nothing after 120 steps. Every layer normalises what it
+  reads, so that scaling all that is written to the residual stream scales the stream and changes nothing else; the last
+  bias shifts it.
+  """
+  pictures, words = make_batch(np.random.default_rng(seed), 300, scenes.JITTER, 0.0)
+  features = np.asarray(tower(tower.normalise(jnp.asarray(pictures))))
+  is_object = words[..., word_slices()[-1]].sum(-1) == 0
+  middle = (features[is_object].mean(0) + features[~is_object].mean(0)) / 2
+  settled = nnx.clone(tower)
+  last_bias = settled.layers.fc2.bias
+  last_bias.set_value(last_bias[...].at[-1].add(-middle))
+  for written in (settled.pre_norm.scale, settled.pre_norm.bias, settled.layers.out_proj.kernel,
+                  settled.layers.out_proj.bias, settled.layers.fc2.kernel, last_bias):
+    written.set_value(written[...] * size)
+  return settled
+
+
+def train_last(lower: VisionTower, steps: int, batch_size: int = 64, seed: int = 1, log=print) -> LastLayer:
+  """The last layer, on top of finished lower ones."""
+  rng, rngs = np.random.default_rng(seed), nnx.Rngs(seed)
+  model = nnx.List([widen(LastLayer(CONFIG, rngs)), PhraseHead(CONFIG.width, rngs)])
+
+  def loss(model, frozen, pictures, words):
     return contrast(model[1](model[0](frozen(frozen.normalise(pictures)))), words)
 
-  steps = steps // 10
-  schedule = optax.cosine_decay_schedule(1e-3, steps)
   make = lambda _: make_batch(rng, batch_size, scenes.JITTER, 0.0)
-  upper = fit(upper_loss, upper, lower, schedule, steps, make, log, "last layer")
-  return lower, upper[0]
+  return fit(loss, model, lower, optax.cosine_decay_schedule(1e-3, steps), steps, make, log, "last layer")[0]
 
 
 @dataclasses.dataclass(frozen=True)
