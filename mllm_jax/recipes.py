@@ -81,16 +81,17 @@ def demo(name: str, projector: ProjectorConfig) -> Config:
     ),
     pretrain=StageConfig(
       data=DataConfig(path="{workdir}/data/pretrain.json", template="plain", max_length=120, **data),
-      parameters=parameter_table(projector=3e-3),
+      parameters=parameter_table(projector=6e-3),
       batch_size=16,
       steps=220,
+      beta2=0.95,  # with 0.999 some seeds stay on a plateau for half of so short a stage
     ),
     finetune=StageConfig(
       data=DataConfig(path="{workdir}/data/finetune.json", template="vicuna_v1", max_length=192, **data),
       lora=LoraConfig(rank=32, alpha=64.0, dropout=0.0),
       parameters=parameter_table(projector=1.5e-3, lora=1.5e-3),
       batch_size=16,
-      steps=500,
+      steps=400,
     ),
     evaluation=EvaluationConfig(path="{workdir}/data/heldout.json", batch_size=64, max_new_tokens=8, **data),
     log_every=5,
