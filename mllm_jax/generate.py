@@ -157,6 +157,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (DataError, ConfigError, WeightsError) as error:
     note(f"error: {error}")
     return 2
+  except RuntimeError as error:
+    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
+
+    if not isinstance(error, CheckpointError):
+      raise
+    note(f"error: {error}")
+    return 2
   except BrokenPipeError:  # whoever read the answer has seen enough; closing the stream would complain once more
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except KeyboardInterrupt:

@@ -10,18 +10,14 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import signal
 import sys
 import time
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
-from mllm_jax import config as config_lib
 from mllm_jax import preflight
-from mllm_jax.config import Config, ConfigError, StageConfig, check_types, to_dict
+from mllm_jax.command_line import help_text, parse
+from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
 from mllm_jax.data.records import DataError
 from mllm_jax.weights.known import WeightsError
 
@@ -378,64 +374,9 @@ def write_json(path: Path, content) -> None:
   os.replace(partial, path)
 
 
-def plain_error(argv: list[str], error: Exception) -> str:
-  """What went wrong on the command line, without the traceback that config_flags puts into its messages."""
-  text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-  if "Traceback" in text:
-    text = text.strip().splitlines()[-1].partition(": ")[2]
-  found = re.search(r"Field (\w+) not found on dataclass <class '[\w.]*?(\w+)'>", text)
-  if found:
-    known = ", ".join(field.name for field in dataclasses.fields(getattr(config_lib, found[2])))
-    options = [argument for argument in argv if re.match(rf"--config[.\w]*\.{found[1]}\b", argument)]
-    return f"{options[0] if options else found[1]}: there is no field {found[1]!r}; {found[2]} has {known}"
-  return text
-
-
-def parse(argv: list[str]) -> tuple[Config, Path, str]:
-  """The configuration, the workdir, and the recipe's file. Raises ConfigError where the command line is wrong."""
-  values = flags.FlagValues()  # not the global ones, so that a process can parse more than one command line
-  config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
-  try:
-    rest = values(argv)
-  except (flags.Error, KeyError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
-    raise ConfigError(plain_error(argv, error)) from error
-  if len(rest) > 1:
-    raise ConfigError(
-      f"{rest[1]!r} is no option; options are written --config=FILE, --workdir=DIR, --config.FIELD=VALUE"
-    )
-  if config.value is None:
-    raise ConfigError("which recipe? for instance --config=configs/sp_cropping.py:demo (--help tells more)")
-  file = config_flags.get_config_filename(values["config"]).partition(":")[0]
-  if not isinstance(config.value, Config):
-    if not Path(file).is_file():
-      raise ConfigError(f"--config={file}: no such file; the recipes are in configs/")
-    raise ConfigError(f"{file}: get_config must return a mllm_jax.config.Config")
-  check_types(config.value)
-  return config.value, Path(workdir.value or f"runs/{config.value.name}"), file
-
-
-def help_text() -> str:
-  """The docstring, the options, and every field that can be overridden with its default."""
-
-  def fields(config, prefix):
-    for field in dataclasses.fields(config):
-      value = getattr(config, field.name)
-      if dataclasses.is_dataclass(value):
-        yield from fields(value, f"{prefix}.{field.name}")
-      else:
-        yield f"  --{prefix}.{field.name}={value!r}"
-
-  options = (
-    "  --config=FILE[:demo]  the recipe: a file of configs/, with :demo behind it for the small one\n"
-    "  --workdir=DIR         folder for checkpoints, logs and the report (default: runs/NAME)"
-  )
-  return f"{__doc__}\noptions:\n{options}\n\nfields and their defaults:\n" + "\n".join(fields(Config(), "config"))
-
-
 def main(argv: list[str]) -> int:
   if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv):
-    print(help_text())
+    print(help_text(__doc__))
     return 0
   expected = (ConfigError, DataError, WeightsError)  # what a user can put right before the run
   try:
@@ -453,7 +394,9 @@ def main(argv: list[str]) -> int:
       "that can be written, and start the same command again",
     )
   except RuntimeError as error:
-    if type(error).__name__ != "CheckpointError":
+    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
+
+    if not isinstance(error, CheckpointError):
       raise
     return fail(1, error)
   return 0

@@ -21,10 +21,12 @@ ALLOWED = {
   "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
   "recipes": {"config"},
   "preflight": {"config", "weights"},
+  "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "sharding", "training", "weights"},
-  "generate": {"build", "config", "data", "inference", "weights"},
+  "generate": {"build", "config", "data", "inference", "training", "weights"},
   "train": {
     "build",
+    "command_line",
     "config",
     "data",
     "demo",

@@ -8,7 +8,7 @@ a digit's centre lies well inside one patch.
 import dataclasses
 import functools
 import pathlib
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image

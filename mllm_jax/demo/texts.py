@@ -5,7 +5,7 @@ object shares it, and left or right is asked only of objects in different column
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

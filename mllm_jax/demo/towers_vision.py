@@ -165,7 +165,7 @@ def train_lower(steps: int, batch_size: int = 64, seed: int = 0, log=print) -> V
 def settle(tower: VisionTower, size: float = 0.25, seed: int = 2) -> VisionTower:
   """The tower with features centred between objects and ground, and `size` times as large.
 
-  The features carry the same information as before, but a projector learns from them several times sooner: with features
+  The features carry the same information as before, but a projector learns from them far sooner: with features
   around 3 and far from zero, two of four starts had learnt nothing after 120 steps. Every layer normalises what it
   reads, so that scaling all that is written to the residual stream scales the stream and changes nothing else; the last
   bias shifts it.
