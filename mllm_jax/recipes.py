@@ -41,7 +41,7 @@ def full_size(name: str, projector: ProjectorConfig) -> Config:
     name=name,
     model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm="weights/vicuna-7b-v1.5", projector=projector),
     pretrain=StageConfig(
-      # 582 visual tokens and a caption: the longest of the 558k captions still fit in 768 places.
+      # 582 visual tokens leave 186 places for a caption; a longer one is truncated.
       data=DataConfig(
         path="playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
         image_folder="playground/data/LLaVA-Pretrain/images",
