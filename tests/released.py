@@ -11,7 +11,7 @@ from flax import nnx
 
 from mllm_jax import parameters
 from mllm_jax.weights import mapping
-from mllm_jax.weights.io import Weights
+from mllm_jax.weights.tensors import InMemory
 
 # The goldens are small: most of a test's time would go into optimising code that runs once.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -73,30 +73,9 @@ def blocks(uniform: np.ndarray) -> np.ndarray:
   return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
 
 
-class ArrayFile:
-  """Arrays in memory as a file of weights."""
-
-  path = FOLDER
-
-  def __init__(self, arrays: dict[str, np.ndarray]):
-    self.arrays = arrays
-
-  def names(self):
-    return list(self.arrays)
-
-  def shape(self, name):
-    return self.arrays[name].shape
-
-  def dtype(self, name):
-    return self.arrays[name].dtype
-
-  def read(self, name, index):
-    return self.arrays[name][index]
-
-
-def weights(arrays: dict[str, np.ndarray]) -> Weights:
+def weights(arrays: dict[str, np.ndarray]) -> InMemory:
   """Arrays in memory as an opened checkpoint."""
-  return Weights(FOLDER, dict.fromkeys(arrays, ArrayFile(arrays)))
+  return InMemory(arrays, str(FOLDER))
 
 
 def fill(module: nnx.Module, prefix: str, table: mapping.Table, arrays: dict[str, np.ndarray]) -> nnx.Module:

@@ -1,121 +1,38 @@
-"""From foreign names to our paths and back: tables, and what reads and writes by them.
-
-A table has one row for each kind of tensor: its foreign name, our path, and the transform between the two. Paths are
-those of the model's state joined by "/", such as `vision/layers/q_proj/kernel`. Our layers are stacked: the foreign
-tensors of layer 0, 1, ... fill the places 0, 1, ... of the first axis of one array.
+"""Reading by a table, in both directions: a checkpoint's tensors by our paths, and ours by a checkpoint's names.
 
 All that does not fit is collected and reported at once, since a checkpoint of the wrong variant seldom has one fault
 only.
 """
 
 import dataclasses
-import math
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.weights.io import Index, Weights, WeightsError
+from mllm_jax.weights import buffers
+from mllm_jax.weights.buffers import Index
+from mllm_jax.weights.io import Weights
+from mllm_jax.weights.known import WeightsError
+from mllm_jax.weights.tables import (  # noqa: F401
+  CONV,
+  LAYER,
+  LINEAR,
+  PATCHES,
+  SAME,
+  PatchKernel,
+  Row,
+  Table,
+  Transform,
+  linear,
+  norm,
+)
+from mllm_jax.weights.tensors import InMemory, Tensors, is_float
 
-LAYER = "{layer}"
 LISTED = 12  # problems of one kind that an error spells out
-
-
-@dataclasses.dataclass(frozen=True)
-class Permute:
-  """Axis i of our array is axis `axes[i]` of the foreign one; without axes the two are the same."""
-
-  axes: tuple[int, ...] = ()
-
-  def shape(self, foreign: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of our array for a foreign one, None where the number of axes is wrong."""
-    if not self.axes:
-      return foreign
-    return tuple(foreign[axis] for axis in self.axes) if len(foreign) == len(self.axes) else None
-
-  def read(self, weights: Weights, name: str, index: Index) -> np.ndarray:
-    """The part `index` of our array, read from no more of the foreign one than it needs."""
-    if not self.axes:
-      return weights.read(name, index)
-    foreign = [slice(None)] * len(self.axes)
-    for axis, part in zip(self.axes, index):
-      foreign[axis] = part
-    return weights.read(name, tuple(foreign)).transpose(self.axes)
-
-  def inverse(self, array: np.ndarray) -> np.ndarray:
-    """The foreign array."""
-    return array.transpose(np.argsort(self.axes)) if self.axes else array
-
-
-@dataclasses.dataclass(frozen=True)
-class PatchKernel:
-  """The convolution (C, 3, p, p) that embeds patches, as the matrix [p * p * 3, C] that takes a patch's rows of pixels
-  with their colours innermost.
-  """
-
-  def shape(self, foreign: tuple[int, ...]) -> tuple[int, ...] | None:
-    return (math.prod(foreign[1:]), foreign[0]) if len(foreign) == 4 else None
-
-  def read(self, weights: Weights, name: str, index: Index) -> np.ndarray:
-    kernel = weights.read(name, (index[1], slice(None), slice(None), slice(None))).transpose(2, 3, 1, 0)
-    return kernel.reshape(-1, kernel.shape[-1])[index[0]]
-
-  def inverse(self, array: np.ndarray) -> np.ndarray:
-    side = math.isqrt(array.shape[0] // 3)
-    return array.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
-
-
-Transform = Permute | PatchKernel
-SAME = Permute()
-LINEAR = Permute((1, 0))  # (out, in) -> [in, out]
-CONV = Permute((2, 3, 1, 0))  # (out, in, rows, columns) -> [rows, columns, in, out]
-PATCHES = PatchKernel()
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One kind of tensor. `foreign` is its literal name, with {layer} where the layer's number stands; `hint` is said
-  where the shapes differ: what usually causes it.
-  """
-
-  foreign: str
-  ours: str
-  transform: Transform = SAME
-  hint: str = "the checkpoint is of another width; compare its config.json with the model's configuration"
-
-  @property
-  def stacked(self) -> bool:
-    return LAYER in self.foreign
-
-  def match(self, name: str) -> int | None:
-    """The layer number of a name of this row, 0 for rows without layers; None for other names."""
-    found = re.fullmatch(re.escape(self.foreign).replace(re.escape(LAYER), r"(0|[1-9][0-9]*)"), name)
-    return None if found is None else int(found[1]) if self.stacked else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """How the weights of one family are named.
-
-  renames: (regular expression, replacement), applied to each foreign name in turn before the rows: prefixes that some
-  files have.
-  ignored: (regular expression of a whole renamed name, why it is of no use here).
-  hints: (regular expression of a whole renamed name, what an unexpected tensor of that name, or a missing one, tells).
-  prefix: what `export` puts before every name.
-  """
-
-  rows: tuple[Row, ...]
-  ignored: tuple[tuple[str, str], ...] = ()
-  renames: tuple[tuple[str, str], ...] = ()
-  hints: tuple[tuple[str, str], ...] = ()
-  prefix: str = ""
-
-  def rename(self, name: str) -> str:
-    for pattern, replacement in self.renames:
-      name = re.sub(pattern, replacement, name)
-    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,26 +43,150 @@ class Source:
   names: dict[int, str]
 
 
-def load(weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """The arrays `targets` describes, by path, read from a checkpoint.
+class Ours:
+  """A checkpoint's tensors by our paths, in our layout and the type they are stored in.
 
-  Every array is made directly with its target's sharding (None: the first device) and type: for each device the slice
-  it holds is read, layer by layer, so the host never holds more than one array's slices. Ignored tensors are not read.
+  Args:
+    weights: the checkpoint. What its table ignores is never read.
+    table: of the checkpoint's family.
+    shapes: {path: shape} of what is wanted.
 
-  Raises WeightsError that lists every target without a tensor, every tensor without a target, and every tensor whose
-  shape or type does not fit.
+  Raises WeightsError that lists every path without a tensor, every tensor without a path, and every tensor whose shape
+  or type does not fit.
   """
-  sources, problems = match(weights, table, targets)
-  problems += [problem for path, source in sources.items() for problem in misfits(weights, path, source, targets[path])]
-  if problems:
-    raise WeightsError(report(weights, problems))
-  return {path: make(weights, sources[path], target) for path, target in targets.items()}
+
+  def __init__(self, weights: Weights, table: Table, shapes: Mapping[str, tuple[int, ...]]):
+    self.weights = weights
+    self.shapes = {path: tuple(shape) for path, shape in shapes.items()}
+    self.sources, problems = match(weights, table, self.shapes)
+    for path, source in self.sources.items():
+      problems += misfits(weights, path, source, self.shapes[path])
+    if problems:
+      raise WeightsError(report(weights, problems))
+
+  def names(self) -> list[str]:
+    return list(self.shapes)
+
+  def shape(self, path: str) -> tuple[int, ...]:
+    return self.shapes[path]
+
+  def dtype(self, path: str) -> np.dtype:
+    return functools.reduce(jnp.promote_types, {self.weights.dtype(name) for name in self.sources[path].names.values()})
+
+  def read(self, path: str, index: Index = ()) -> np.ndarray:
+    source = self.sources[path]
+    index = index or buffers.whole(self.shapes[path])
+    out = buffers.empty(tuple(part.stop - part.start for part in index), self.dtype(path))
+    transform = source.row.transform
+    if not source.row.stacked:
+      buffers.copy(out, transform.read(self.weights, source.names[0], index))
+      self.weights.release(source.names[0])
+      return out
+    for place, layer in enumerate(range(index[0].start, index[0].stop)):
+      buffers.copy(out[place], transform.read(self.weights, source.names[layer], index[1:]))
+      self.weights.release(source.names[layer])
+    return out
+
+  def release(self, path: str) -> None:
+    pass  # read copies, and has released what it read
 
 
-def match(
-  weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStruct]
-) -> tuple[dict[str, Source], list[str]]:
-  """The source of every target path that has one, and what is missing, unexpected or there twice, as sentences."""
+class Theirs:
+  """Our tensors by a checkpoint's names, in its layout; the inverse of `Ours`.
+
+  Raises WeightsError for a tensor that the table has no name for, and for a row without a tensor.
+  """
+
+  def __init__(self, ours: Tensors, table: Table):
+    self.ours = ours
+    rows = {row.ours: row for row in table.rows}
+    nameless, absent = sorted(set(ours.names()) - set(rows)), sorted(set(rows) - set(ours.names()))
+    if nameless or absent:
+      raise WeightsError(
+        f"cannot export: no name for {nameless}, no array for {absent}; the table and the model must be of the "
+        "same configuration"
+      )
+    self.entries: dict[str, tuple[Row, Index]] = {}
+    layers = max((ours.shape(path)[0] for path, row in rows.items() if row.stacked), default=0)
+    for layer in range(layers):  # a layer's tensors side by side, as other tools write them
+      for row in table.rows:
+        if row.stacked and layer < ours.shape(row.ours)[0]:
+          name = table.prefix + row.foreign.replace(LAYER, str(layer))
+          self.entries[name] = row, (slice(layer, layer + 1),)
+    self.entries |= {table.prefix + row.foreign: (row, ()) for row in table.rows if not row.stacked}
+
+  def names(self) -> list[str]:
+    return list(self.entries)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    row, layer = self.entries[name]
+    return row.transform.foreign_shape(self.ours.shape(row.ours)[len(layer) :])
+
+  def dtype(self, name: str) -> np.dtype:
+    return self.ours.dtype(self.entries[name][0].ours)
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    row, layer = self.entries[name]
+    index = index or buffers.whole(self.shape(name))
+    view = row.transform.read_foreign(self.ours, row.ours, layer, index)
+    out = buffers.empty(view.shape, view.dtype)
+    buffers.copy(out, view)
+    return out
+
+  def release(self, name: str) -> None:
+    self.ours.release(self.entries[name][0].ours)
+
+
+def load(weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """The arrays `targets` describes, by path, read from a checkpoint by its table: `Ours`, then `place`."""
+  return place(Ours(weights, table, {path: target.shape for path, target in targets.items()}), targets)
+
+
+def export(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
+  """The way back, in memory: host arrays by path -> foreign tensors by name, in the arrays' own type."""
+  theirs = Theirs(InMemory({path: np.asarray(array) for path, array in arrays.items()}), table)
+  return {name: theirs.read(name) for name in theirs.names()}
+
+
+def place(
+  tensors: Tensors, targets: Mapping[str, jax.ShapeDtypeStruct], progress: Callable[[int], None] | None = None
+) -> dict[str, jax.Array]:
+  """Tensors as arrays with their targets' shardings (None: the first device) and types.
+
+  For each device of this process the slice it holds is read and cast, piece by piece, so the host never holds more
+  than one array's slices. On a CPU those are the array: nothing is copied. `progress` is given the bytes of each array
+  as it is done. Raises WeightsError where a shape is not its target's.
+  """
+  arrays = {}
+  for path, target in targets.items():
+    if tensors.shape(path) != tuple(target.shape):
+      raise WeightsError(f"{path} is {tensors.shape(path)}, and the model needs {tuple(target.shape)}")
+    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    slices: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
+
+    def read(index: Index) -> np.ndarray:
+      spans = tuple(part.indices(length)[:2] for part, length in zip(index, target.shape))
+      if spans not in slices:
+        slices[spans] = read_slice(tensors, path, tuple(slice(*span) for span in spans), target.dtype)
+      return slices[spans]
+
+    arrays[path] = jax.make_array_from_callback(target.shape, sharding, read)
+    tensors.release(path)
+    if progress is not None:
+      progress(arrays[path].nbytes)
+  return arrays
+
+
+def read_slice(tensors: Tensors, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
+  """The part `index` of a tensor in another type, in memory that jax can take over."""
+  out = buffers.empty(tuple(part.stop - part.start for part in index), dtype)
+  for piece in buffers.pieces(index, tensors.dtype(path).itemsize):
+    out[buffers.within(piece, index)] = tensors.read(path, piece)
+  return out
+
+
+def match(weights: Weights, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Source], list[str]]:
+  """The source of every path that has one, and what is missing, unexpected or there twice, as sentences."""
   sources: dict[str, Source] = {}
   problems = []
   for name in weights.names():
@@ -153,32 +194,32 @@ def match(
     if any(re.fullmatch(pattern, renamed) for pattern, _ in table.ignored):
       continue
     row, layer = next(((row, layer) for row in table.rows if (layer := row.match(renamed)) is not None), (None, 0))
-    if row is None or row.ours not in targets or (row.stacked and layer >= targets[row.ours].shape[0]):
+    if row is None or row.ours not in shapes or (row.stacked and layer >= shapes[row.ours][0]):
       problems.append(f"unexpected: {name} {weights.shape(name)}" + hint(table, renamed))
       continue
     names = sources.setdefault(row.ours, Source(row, {})).names
     if layer in names:
       problems.append(f"twice: {names[layer]} and {name} both stand for {row.ours}")
     names[layer] = name
-  lacking = [(path, problem) for path, target in targets.items() if (problem := absence(table, path, target, sources))]
+  lacking = [(path, problem) for path, shape in shapes.items() if (problem := absence(table, path, shape, sources))]
   for path, problem in lacking:
     sources.pop(path, None)
     problems.append(problem)
   return sources, problems
 
 
-def absence(table: Table, path: str, target: jax.ShapeDtypeStruct, sources: Mapping[str, Source]) -> str:
-  """What a target lacks, as a sentence; "" where it has all of its tensors."""
+def absence(table: Table, path: str, shape: tuple[int, ...], sources: Mapping[str, Source]) -> str:
+  """What a path lacks, as a sentence; "" where it has all of its tensors."""
   row = next((row for row in table.rows if row.ours == path), None)
   if row is None:
     return f"missing: {path}, for which the table of this checkpoint's family has no name"
   found = sources[path].names if path in sources else {}
-  absent = [layer for layer in range(target.shape[0] if row.stacked else 1) if layer not in found]
+  absent = [layer for layer in range(shape[0] if row.stacked else 1) if layer not in found]
   if not absent:
     return ""
   name = table.prefix + row.foreign.replace(LAYER, str(absent[0]))
   layers = f" and {len(absent) - 1} other layers of it" if len(absent) > 1 else ""
-  return f"missing: {name}{layers}, for {path} {target.shape}" + hint(table, row.foreign)
+  return f"missing: {name}{layers}, for {path} {shape}" + hint(table, row.foreign)
 
 
 def hint(table: Table, name: str) -> str:
@@ -186,9 +227,9 @@ def hint(table: Table, name: str) -> str:
   return "".join(f" ({text})" for pattern, text in table.hints if re.fullmatch(pattern, name))
 
 
-def misfits(weights: Weights, path: str, source: Source, target: jax.ShapeDtypeStruct) -> list[str]:
-  """What is wrong with the shapes and types of the tensors of one target; only the first of its layers is told."""
-  row, wanted = source.row, tuple(target.shape[1:] if source.row.stacked else target.shape)
+def misfits(weights: Weights, path: str, source: Source, shape: tuple[int, ...]) -> list[str]:
+  """What is wrong with the shapes and types of the tensors of one path; only the first of its layers is told."""
+  row, wanted = source.row, shape[1:] if source.row.stacked else shape
   for name in source.names.values():
     stored = weights.shape(name)
     if row.transform.shape(stored) != wanted:
@@ -196,7 +237,7 @@ def misfits(weights: Weights, path: str, source: Source, target: jax.ShapeDtypeS
       cause = "the same lengths in another order: it was saved transposed" if turned else row.hint
       needed = f"{path} needs {wanted} of it{describe(row.transform)}"
       return [f"shape: {name} is {stored} in the file, and {needed}; {cause}"]
-    if not jnp.issubdtype(weights.dtype(name), jnp.floating):
+    if not is_float(weights.dtype(name)):
       return [
         f"type: {name} holds {weights.dtype(name)}; quantised checkpoints are not read, use the float16, bfloat16 or "
         "float32 one"
@@ -223,61 +264,3 @@ def report(weights: Weights, problems: list[str]) -> str:
       total = sum(other.startswith(kind + ":") for other in problems)
       lines.append(f"  {kind}: and {total - LISTED} more")
   return f"{weights.path} does not fit the model: {len(problems)} problems\n" + "\n".join(lines)
-
-
-def make(weights: Weights, source: Source, target: jax.ShapeDtypeStruct) -> jax.Array:
-  """One array with its target's sharding."""
-  sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  slices: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
-
-  def read(index: Index) -> np.ndarray:
-    spans = tuple(part.indices(length)[:2] for part, length in zip(index, target.shape))
-    if spans not in slices:
-      slices[spans] = read_slice(weights, source, tuple(slice(*span) for span in spans), target.dtype)
-    return slices[spans]
-
-  return jax.make_array_from_callback(target.shape, sharding, read)
-
-
-def read_slice(weights: Weights, source: Source, index: Index, dtype: np.dtype) -> np.ndarray:
-  """The part `index` of one of our arrays, in the type it shall have."""
-  out = np.empty([part.stop - part.start for part in index], dtype)
-  transform = source.row.transform
-  if not source.row.stacked:
-    out[...] = transform.read(weights, source.names[0], index)
-    return out
-  for place, layer in enumerate(range(index[0].start, index[0].stop)):
-    out[place] = transform.read(weights, source.names[layer], index[1:])
-  return out
-
-
-def export(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
-  """The way back: host arrays by path -> foreign tensors by name, in the arrays' own type and contiguous.
-
-  Raises WeightsError for an array that the table has no name for, and for a row without an array.
-  """
-  rows = {row.ours: row for row in table.rows}
-  nameless, absent = sorted(set(arrays) - set(rows)), sorted(set(rows) - set(arrays))
-  if nameless or absent:
-    raise WeightsError(
-      f"cannot export: no name for {nameless}, no array for {absent}; the table and the model must be of the "
-      "same configuration"
-    )
-  tensors = {}
-  for path, row in rows.items():
-    stack = np.asarray(arrays[path])
-    for layer, array in enumerate(stack if row.stacked else [stack]):
-      name = table.prefix + row.foreign.replace(LAYER, str(layer))
-      tensors[name] = np.ascontiguousarray(row.transform.inverse(array))
-  return tensors
-
-
-def norm(foreign: str, ours: str) -> tuple[Row, ...]:
-  """The rows of a layer norm: weight and bias."""
-  return Row(f"{foreign}.weight", f"{ours}/scale"), Row(f"{foreign}.bias", f"{ours}/bias")
-
-
-def linear(foreign: str, ours: str, bias: bool = True, hint: str = Row.hint) -> tuple[Row, ...]:
-  """The rows of a linear layer: weight and, where it has one, bias."""
-  kernel = Row(f"{foreign}.weight", f"{ours}/kernel", LINEAR, hint)
-  return (kernel, Row(f"{foreign}.bias", f"{ours}/bias", hint=hint)) if bias else (kernel,)
