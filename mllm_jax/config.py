@@ -28,7 +28,13 @@ class ConfigError(ValueError):
 
 @architecture
 class VisionConfig:
-  """A ViT of the CLIP family. The defaults are CLIP ViT-L/14 at 336 pixels."""
+  """A ViT of the CLIP family. The defaults are CLIP ViT-L/14 at 336 pixels.
+
+  class_token: a learned token before the patches, which the features leave out again.
+  patch_bias: a bias on the patch embedding.
+  pre_norm: a layer norm between the embeddings and the first layer.
+  SigLIP (Zhai et al. 2023) is without the first, with the second and without the third.
+  """
 
   image_size: int = 336
   patch_size: int = 14
@@ -36,15 +42,18 @@ class VisionConfig:
   layers: int = 24
   heads: int = 16
   mlp_width: int = 4096
-  activation: str = "quick_gelu"  # or "gelu"
+  activation: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"
   norm_eps: float = 1e-5
   select_layer: int = -2  # index into [embeddings, after layer 1, ..., after layer L]
+  class_token: bool = True
+  patch_bias: bool = False
+  pre_norm: bool = True
   mean: tuple[float, ...] = CLIP_MEAN
   std: tuple[float, ...] = CLIP_STD
 
   @property
   def grid(self) -> int:
-    """Patches along one side."""
+    """Patches along one side; pixels at the right and the bottom that fill no patch belong to none."""
     return self.image_size // self.patch_size
 
   @property
@@ -58,7 +67,10 @@ class VisionConfig:
 
 @architecture
 class DecoderConfig:
-  """A Llama-type decoder. The defaults are Vicuna-7B v1.5."""
+  """A Llama-type decoder. The defaults are Vicuna-7B v1.5.
+
+  attention_bias: a bias on the query, key and value projections and none on the output's, as Qwen2 has it.
+  """
 
   vocab_size: int = 32000
   width: int = 4096
@@ -70,6 +82,7 @@ class DecoderConfig:
   rope_theta: float = 10000.0
   norm_eps: float = 1e-5
   tied_embeddings: bool = False
+  attention_bias: bool = False
 
 
 @architecture

@@ -1,4 +1,5 @@
-"""The language model: a Llama-type decoder (Touvron et al. 2023), for training and, with a cache, for answers."""
+"""The language model: a Llama-type decoder (Touvron et al. 2023; Qwen2, Yang et al. 2024), for training and, with a
+cache, for answers."""
 
 import dataclasses
 from typing import Any
@@ -55,14 +56,14 @@ class DecoderLayer(nnx.Module):
     self.head_width = config.head_width
     query_width, key_width = config.heads * config.head_width, config.kv_heads * config.head_width
 
-    def linear(name, in_width, out_width):
+    def linear(name, in_width, out_width, bias=False):
       adapter = lora_lib.make(name, in_width, out_width, lora, rngs)
-      return Linear(in_width, out_width, bias=False, rngs=rngs, lora=adapter)
+      return Linear(in_width, out_width, bias=bias, rngs=rngs, lora=adapter)
 
     self.input_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
-    self.q_proj = linear("q_proj", config.width, query_width)
-    self.k_proj = linear("k_proj", config.width, key_width)
-    self.v_proj = linear("v_proj", config.width, key_width)
+    self.q_proj = linear("q_proj", config.width, query_width, config.attention_bias)
+    self.k_proj = linear("k_proj", config.width, key_width, config.attention_bias)
+    self.v_proj = linear("v_proj", config.width, key_width, config.attention_bias)
     self.o_proj = linear("o_proj", query_width, config.width)
     self.post_attention_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
     self.gate_proj = linear("gate_proj", config.width, config.mlp_width)

@@ -1,4 +1,5 @@
-"""The vision tower: a ViT of the CLIP family (Radford et al. 2021), from pixels to patch features."""
+"""The vision tower: a ViT of the CLIP family (Radford et al. 2021; SigLIP, Zhai et al. 2023), from pixels to patch
+features."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from mllm_jax.models.layers import LayerNorm, Linear, normal, stack
 ACTIVATIONS = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
@@ -46,19 +48,18 @@ class VisionTower(nnx.Module):
   """
 
   def __init__(self, config: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
-    if config.image_size % config.patch_size:
-      raise ConfigError(
-        f"vision.image_size={config.image_size} is no multiple of vision.patch_size={config.patch_size}"
-      )
+    if not 1 <= config.patch_size <= config.image_size:
+      raise ConfigError(f"vision.image_size={config.image_size} has no room for a patch of {config.patch_size} pixels")
     if config.activation not in ACTIVATIONS:
       raise ConfigError(f"vision.activation={config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     self.config = config
     self.dtype = jnp.dtype(dtype)
     embedding = normal(0.02)
-    self.patch_embedding = Linear(config.patch_size**2 * 3, config.width, bias=False, rngs=rngs)
-    self.class_embedding = nnx.Param(embedding(rngs.params(), (config.width,)))
-    self.position_embedding = nnx.Param(embedding(rngs.params(), (config.grid**2 + 1, config.width)))
-    self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+    self.patch_embedding = Linear(config.patch_size**2 * 3, config.width, bias=config.patch_bias, rngs=rngs)
+    self.class_embedding = nnx.Param(embedding(rngs.params(), (config.width,))) if config.class_token else None
+    places = config.grid**2 + config.class_token
+    self.position_embedding = nnx.Param(embedding(rngs.params(), (places, config.width)))
+    self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs) if config.pre_norm else None
     self.layers = stack(lambda rngs: VisionLayer(config, rngs=rngs), config.layers_used, rngs)
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
@@ -68,11 +69,20 @@ class VisionTower(nnx.Module):
 
   @jax.named_scope("vision")
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Normalised images, float [B, H, W, 3] -> patch features [B, P, C], row-major over the grid."""
+    """Normalised images, float [B, H, W, 3] -> patch features [B, P, C], row-major over the grid.
+
+    Rows and columns of pixels that fill no patch are dropped at the bottom and the right, as by a convolution without
+    padding (SigLIP-so400m's 384 pixels are 27 patches of 14 and 6 pixels).
+    """
     config, grid, side = self.config, self.config.grid, self.config.patch_size
+    images = images[:, : grid * side, : grid * side]
     patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side**2 * 3)
     x = self.patch_embedding(patches.astype(self.dtype))
-    class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, config.width))
-    x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(self.dtype)
-    x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), self.pre_norm(x), self.layers)
-    return x[:, 1:]
+    if self.class_embedding is not None:
+      class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, config.width))
+      x = jnp.concatenate([class_token, x], axis=1)
+    x = x + self.position_embedding[...].astype(self.dtype)
+    if self.pre_norm is not None:
+      x = self.pre_norm(x)
+    x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
+    return x[:, 1:] if self.class_embedding is not None else x

@@ -1,9 +1,13 @@
-"""Llama-type decoders as Hugging Face stores them: `LlamaForCausalLM`, which Vicuna v1.5 is."""
+"""Llama-type decoders as Hugging Face stores them: `LlamaForCausalLM`, which Vicuna v1.5 is, alone or inside a LLaVA
+checkpoint. The reading of configurations and names is shared with Qwen2, which differs in values only.
+"""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mllm_jax.config import DecoderConfig
+from mllm_jax.weights import parts
 from mllm_jax.weights.known import WeightsError, read_json
 from mllm_jax.weights.mapping import LINEAR, Row, Table, linear
 
@@ -19,9 +23,14 @@ DEFAULTS = {
   "tie_word_embeddings": False,
 }
 ROPE_THETA = 10000.0
+# Settings that would change the result, and the values with which they do nothing.
+NEUTRAL = {"hidden_act": "silu", "quantization_config": None}
+BIASES = {"attention_bias": False, "mlp_bias": False}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 VOCABULARY = "the checkpoint has another vocabulary, as when tokens were added to it"
+# From LLaVA's two layouts that wrap the language model to that of a causal language model alone.
+RENAMES = ((r"^model\.language_model\.", "model."), (r"^language_model\.(?=(model|lm_head)\.)", ""))
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
@@ -29,15 +38,70 @@ def read_config(folder: str | Path) -> DecoderConfig:
 
   Raises WeightsError where that is missing, of another model type, or asks for what the decoder does not compute.
   """
+  return parse(*read_decoder(folder, "llama", "lmsys/vicuna-7b-v1.5"))
+
+
+def parse(content: Mapping[str, Any], where: str) -> DecoderConfig:
+  """The architecture in a `text_config` of type llama; `where` names its file and key in errors.
+
+  Raises WeightsError where it is of another model type, or asks for what the decoder does not compute.
+  """
+  return decoder_config(content, where, "llama", DEFAULTS, BIASES | NEUTRAL)
+
+
+def table(config: DecoderConfig, prefix: str = "") -> Table:
+  """The names of a decoder, exported behind `prefix`. The other parts of a LLaVA checkpoint are ignored."""
+  layer = "model.layers.{layer}."
+  rows = [
+    Row("model.embed_tokens.weight", "decoder/embedding", hint=VOCABULARY),
+    Row(layer + "input_layernorm.weight", "decoder/layers/input_norm/scale"),
+    Row(layer + "post_attention_layernorm.weight", "decoder/layers/post_attention_norm/scale"),
+    Row("model.norm.weight", "decoder/norm/scale"),
+  ]
+  for name in ATTENTION:
+    bias = config.attention_bias and name != "o_proj"
+    rows += linear(f"{layer}self_attn.{name}", f"decoder/layers/{name}", bias)
+  for name in MLP:
+    rows += linear(f"{layer}mlp.{name}", f"decoder/layers/{name}", bias=False)
+  ignored = (
+    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer: follows from rope_theta"),
+    parts.VISION,
+    parts.PROJECTOR,
+  )
+  if config.tied_embeddings:
+    ignored += ((r"lm_head\.weight", "the same as the embedding table"),)
+  else:
+    rows.append(Row("lm_head.weight", "decoder/head", LINEAR, VOCABULARY))
+  return Table(tuple(rows), ignored, RENAMES, parts.HINTS, prefix)
+
+
+def read_decoder(folder: str | Path, kind: str, example: str) -> tuple[dict[str, Any], str]:
+  """A folder's config.json and its name for errors. Raises WeightsError where its model_type is not `kind`, such as the
+  repository `example` has it."""
   path = Path(folder) / "config.json"
-  content = read_json(path, "the configuration of a Llama-type language model")
-  kind = content.get("model_type")
-  if kind != "llama":
+  content = read_json(path, f"the configuration of a language model of type {kind}")
+  if content.get("model_type") != kind:
     raise WeightsError(
-      f"{path}: model_type is {kind!r}; as a language model llama is read, such as lmsys/vicuna-7b-v1.5"
+      f"{path}: model_type is {content.get('model_type')!r}; as a language model {kind} is read, such as {example}"
     )
-  config = DEFAULTS | content
-  refuse(path, config)
+  return content, str(path)
+
+
+def decoder_config(
+  content: Mapping[str, Any], where: str, kind: str, defaults: Mapping[str, Any], neutral: Mapping[str, Any]
+) -> DecoderConfig:
+  """What Hugging Face's names say of a decoder of type `kind`.
+
+  Raises WeightsError for another model_type, and for a setting with another value than its `neutral` one.
+  """
+  if content.get("model_type", kind) != kind:
+    raise WeightsError(f"{where}: model_type is {content['model_type']!r}, and {kind} is read here")
+  config = {**defaults, **content}
+  wrong = [f"{name}={config[name]!r}" for name, value in neutral.items() if config.get(name) not in (value, None)]
+  if wrong:
+    raise WeightsError(
+      f"{where} sets {', '.join(wrong)}, which the decoder does not compute; use a {kind} checkpoint without"
+    )
   heads = config["num_attention_heads"]
   return DecoderConfig(
     vocab_size=config["vocab_size"],
@@ -47,52 +111,19 @@ def read_config(folder: str | Path) -> DecoderConfig:
     kv_heads=config.get("num_key_value_heads") or heads,
     head_width=config.get("head_dim") or config["hidden_size"] // heads,
     mlp_width=config["intermediate_size"],
-    rope_theta=read_rope(path, config),
+    rope_theta=read_rope(where, config),
     norm_eps=config["rms_norm_eps"],
     tied_embeddings=config["tie_word_embeddings"],
   )
 
 
-def refuse(path: Path, config: dict[str, Any]) -> None:
-  """Raises WeightsError for settings that would change the result and are not computed here."""
-  plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
-  wrong = [f"{name}={config[name]!r}" for name, value in plain.items() if config.get(name) not in (value, None)]
-  if wrong:
-    raise WeightsError(
-      f"{path} sets {', '.join(wrong)}, which the decoder does not compute; use a Llama checkpoint without"
-    )
-
-
-def read_rope(path: Path, config: dict[str, Any]) -> float:
+def read_rope(where: str, config: Mapping[str, Any]) -> float:
   """The base of the rotary angles, from rope_theta or, as transformers 5 writes it, from rope_parameters."""
   parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
   kind = parameters.get("rope_type", parameters.get("type", "default"))
   if kind != "default":
     raise WeightsError(
-      f"{path} stretches its rotary positions ({kind!r}: {parameters}), which the decoder does not compute; "
+      f"{where} stretches its rotary positions ({kind!r}: {parameters}), which the decoder does not compute; "
       "use a checkpoint without rope scaling"
     )
   return float(parameters.get("rope_theta", config.get("rope_theta", ROPE_THETA)))
-
-
-def table(config: DecoderConfig) -> Table:
-  """The names of a decoder. What else a multimodal checkpoint holds beside it is ignored."""
-  layer = "model.layers.{layer}."
-  rows = (
-    Row("model.embed_tokens.weight", "decoder/embedding", hint=VOCABULARY),
-    Row(layer + "input_layernorm.weight", "decoder/layers/input_norm/scale"),
-    Row(layer + "post_attention_layernorm.weight", "decoder/layers/post_attention_norm/scale"),
-    *(row for name in ATTENTION for row in linear(f"{layer}self_attn.{name}", f"decoder/layers/{name}", bias=False)),
-    *(row for name in MLP for row in linear(f"{layer}mlp.{name}", f"decoder/layers/{name}", bias=False)),
-    Row("model.norm.weight", "decoder/norm/scale"),
-  )
-  ignored = (
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer: follows from rope_theta"),
-    (
-      r"model\.(vision_tower|mm_projector|conv_\w+|conv_linear|(query|key|value)_projector)\..*",
-      "the tower and projector of a multimodal checkpoint, which have tables of their own",
-    ),
-  )
-  if config.tied_embeddings:
-    return Table(rows, ignored + ((r"lm_head\.weight", "the same as the embedding table"),))
-  return Table(rows + (Row("lm_head.weight", "decoder/head", LINEAR, VOCABULARY),), ignored)

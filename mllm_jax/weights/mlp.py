@@ -1,28 +1,45 @@
 """LLaVA-1.5's MLP projector, as `mm_projector.bin` and whole LLaVA checkpoints hold it."""
 
+import re
+
+from mllm_jax.weights import parts
 from mllm_jax.weights.mapping import Row, Table, linear
 
-# `base_model.` comes from PEFT, and `model.` once from the causal language model and once more from PEFT.
-RENAMES = ((r"^(base_model\.)?(model\.)*", ""),)
+# What the two linear layers are called, and what stands before it on export: by the official code, and by llava-hf.
 PREFIX = "model."
-IGNORED = (
-  (
-    r"(layers\..*|embed_tokens\.weight|norm\.weight|lm_head\.weight)",
-    "the language model, which has a table of its own",
-  ),
-  (r"vision_tower\..*", "the vision tower, which has a table of its own"),
-)
+NAMES = {
+  "official": (("mm_projector.0", "mm_projector.2"), PREFIX),
+  "llava-hf": (("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"), ""),
+}
+# `base_model.` comes from PEFT, and `model.` once from the causal language model and once more from PEFT.
+STRIP = (rf"^{parts.OUTER}", "")
+IGNORED = (parts.LANGUAGE, parts.VISION)
 HINTS = (
   (r"conv_.*|(query|key|value)_projector\..*", "the projector of LLaVA-SP: set projector.kind=spatial"),
-  (r"image_newline", "the checkpoint was trained with tiled images, which are not read here"),
+  *parts.HINTS,
 )
 
 
-def rows(path: str) -> tuple[Row, ...]:
+def renames(naming: str = "official") -> tuple[tuple[str, str], ...]:
+  """What brings every name of the two layers to those of `naming`."""
+  wanted, _ = NAMES[naming]
+  return (
+    STRIP,
+    *(
+      (rf"^{re.escape(name)}\.", wanted[place] + ".")
+      for layers, _ in NAMES.values()
+      if layers != wanted
+      for place, name in enumerate(layers)
+    ),
+  )
+
+
+def rows(path: str, naming: str = "official") -> tuple[Row, ...]:
   """The two linear layers, for an MLP that lies at `path` of our model."""
-  return (*linear("mm_projector.0", f"{path}/fc1"), *linear("mm_projector.2", f"{path}/fc2"))
+  first, second = NAMES[naming][0]
+  return (*linear(first, f"{path}/fc1"), *linear(second, f"{path}/fc2"))
 
 
-def table() -> Table:
-  """The names of the projector `mlp2x_gelu`."""
-  return Table(rows("projector"), IGNORED, RENAMES, HINTS, PREFIX)
+def table(naming: str = "official") -> Table:
+  """The names of the projector `mlp2x_gelu`. Either naming is read; `naming`, "official" or "llava-hf", is exported."""
+  return Table(rows("projector", naming), IGNORED, renames(naming), HINTS, NAMES[naming][1])

@@ -3,18 +3,31 @@
 The final files of a released run are read: `model.bin` of the first stage, `non_lora_trainables.bin` of the second.
 """
 
+import dataclasses
+import re
+from collections.abc import Mapping
+
 from mllm_jax.config import ProjectorConfig
 from mllm_jax.models.projectors.spatial import has_head_bias, map_sizes
-from mllm_jax.weights import mlp
+from mllm_jax.weights import mlp, parts
+from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.mapping import CONV, Row, Table, linear, norm
 
-GRID_224 = (
-  16  # patches along a side of CLIP-L/14 at 224, whose maps the released code counts instead of naming their size
-)
+# Patches along a side of CLIP-L/14 at 224, whose maps the released code counts instead of naming their size.
+GRID_224 = 16
 MAPS = (
   "the maps have other sizes; compare projector.stride, projector.sizes and projector.maps with the run that made it"
 )
 DFI = "one of the two has DFI and the other has none, or another conv_width; compare projector.dfi_kernel"
+UNREAD = (
+  (r"tfm_.*|query_\d+", "the transformer variant of LLaVA-SP, which is not read here"),
+  (
+    r"(conv|(query|key|value)_projector)_(small|mid|huge)\..*",
+    "the variant with several detail maps, which is not read here",
+  ),
+  (r"conv_\d+\.((?!1\.)\d+\..*|1\.(?!weight).*)", "the variant of stacked small convolutions, which is not read here"),
+  *parts.HINTS,
+)
 HINTS = (
   (r"conv_\d+\.1\.weight", "a name of the pooling variant; compare projector.maps"),
   (
@@ -24,12 +37,7 @@ HINTS = (
   ),
   (r"conv_CM\.weight|(query|key|value)_projector\..*", "a part of DFI; compare projector.dfi_kernel"),
   (r"conv_linear\.1\.bias", "in the released code only cropping with DFI has it; compare projector.head_bias"),
-  (r"tfm_.*|query_\d+", "the transformer variant of LLaVA-SP, which is not read here"),
-  (
-    r"(conv|(query|key|value)_projector)_(small|mid|huge)\..*",
-    "the variant with several detail maps, which is not read here",
-  ),
-  (r"image_newline", "the checkpoint was trained with tiled images, which are not read here"),
+  *UNREAD,
 )
 
 
@@ -62,4 +70,73 @@ def table(config: ProjectorConfig, grid: int) -> Table:
       rows += linear(f"{name}_projector.1", f"projector/dfi/{name}")
   rows += linear("conv_linear.1", "projector/head", has_head_bias(config), DFI)
   rows += mlp.rows("projector/patch_mlp")
-  return Table(tuple(rows), mlp.IGNORED, mlp.RENAMES, HINTS, mlp.PREFIX)
+  return Table(tuple(rows), mlp.IGNORED, mlp.renames(), HINTS, mlp.PREFIX)
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], grid: int, where: str = "the checkpoint") -> ProjectorConfig:
+  """The configuration of the projector whose tensors a released file or a whole checkpoint holds.
+
+  Args:
+    shapes: {name: shape} of all tensors, under any of the prefixes that `table` reads.
+    grid: patches along a side of the tower it belongs to.
+    where: the file, for errors.
+
+  A single map that is the whole grid counts as a crop: pooled it would compute the same. Raises WeightsError that names
+  the tensors no variant has, or where there are none at all.
+  """
+  plain = mlp.table()
+  renamed = {plain.rename(name): tuple(shape) for name, shape in shapes.items()}
+  of_others = lambda name: any(re.fullmatch(pattern, name) for pattern, _ in plain.ignored)
+  found = {name: shape for name, shape in renamed.items() if not of_others(name)}
+  if not found:
+    raise WeightsError(
+      f"{where} holds no tensor of a projector; name the final mm_projector.bin, model.bin or non_lora_trainables.bin "
+      "of a run"
+    )
+  config, rows = ProjectorConfig(kind="mlp2x_gelu"), plain.rows
+  if any(not name.startswith("mm_projector.") for name in found):
+    config = spatial_config(found, grid)
+    rows = table(config, grid).rows if config else plain.rows
+  names = {row.foreign for row in rows}
+  hint_of = lambda name: "".join(f" ({text})" for pattern, text in UNREAD if re.fullmatch(pattern, name))
+  misfits = [f"{name} {shape}{hint_of(name)}" for name, shape in found.items() if name not in names]
+  if misfits or config is None:
+    raise WeightsError(
+      f"{where} holds the projector of no variant that is read for a grid of {grid}: {'; '.join(misfits)}"
+    )
+  return config
+
+
+def spatial_config(found: Mapping[str, tuple[int, ...]], grid: int) -> ProjectorConfig | None:
+  """The variant whose names come closest to those found, None where no map is among them."""
+
+  def kernels(pattern: str) -> dict[int, tuple[int, ...]]:
+    matches = {re.fullmatch(pattern, name): shape for name, shape in found.items() if len(shape) == 4}
+    return {int(match[1]): shape for match, shape in matches.items() if match}
+
+  pooled, cropped = kernels(r"conv_(\d+)\.1\.weight"), kernels(r"conv_(\d+)\.weight")
+  detail = found.get("conv_CM.weight", ())
+  dfi_kernel = detail[2] if len(detail) == 4 and 1 <= detail[2] == detail[3] <= grid else 0
+  series = range(2, grid + 1, 2)
+  counted = {number + 1: size for number, size in enumerate(series)}
+  if grid == GRID_224 and not dfi_kernel and {number: shape[2] for number, shape in cropped.items()} == counted:
+    sizes = tuple(series)
+  else:
+    maps = pooled | {size: shape for size, shape in cropped.items() if not pooled or size == grid}
+    centred = lambda size: bool(pooled) or (grid - size) % 2 == 0
+    fits = lambda size, shape: 1 <= size <= grid and shape[2:] == (size, size) and centred(size)
+    sizes = tuple(sorted(size for size, shape in maps.items() if fits(size, shape)))
+  if not sizes:
+    return None
+  stride = sizes[0] // 2
+  regular = stride > 0 and sizes == tuple(range(2 * stride, grid + 1, 2 * stride))
+  config = ProjectorConfig(
+    maps="pooling" if pooled else "cropping",
+    dfi_kernel=dfi_kernel,
+    conv_width=next(iter((pooled | cropped).values()))[0],
+    **({"stride": stride} if regular else {"sizes": sizes}),
+  )
+  biased = "conv_linear.1.bias" in found
+  if has_head_bias(config) == biased:
+    return config
+  return dataclasses.replace(config, head_bias="always" if biased else "never")

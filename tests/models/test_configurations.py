@@ -80,7 +80,7 @@ def test_impossible_projectors_are_refused(change, field):
 @pytest.mark.parametrize(
   "change, field",
   [
-    (dict(vision=VisionConfig(image_size=340)), "vision.image_size"),
+    (dict(vision=VisionConfig(image_size=12)), "vision.image_size"),
     (dict(vision=VisionConfig(activation="relu")), "vision.activation"),
     (dict(vision=VisionConfig(select_layer=-26)), "vision.select_layer"),
     (dict(decoder=DecoderConfig(kv_heads=5)), "decoder.kv_heads"),
