@@ -1,0 +1,217 @@
+"""The layout of the released code of LLaVA 1.5 and LLaVA-SP."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.config import ConfigError, ModelConfig, VisionConfig
+from mllm_jax.data import chat
+from mllm_jax.models.projectors.spatial import map_sizes
+from mllm_jax.weights.side_files.files import check_dtype, text_config, write_json
+
+TOKENIZER_FILES = (
+  "tokenizer.model",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+)
+MODEL_MAX_LENGTH = 2048  # tokens of a training row in the released scripts
+TRANSFORMERS_VERSION = "4.37.2"  # what LLaVA 1.2, on which LLaVA-SP is built, is pinned to
+RELEASED_DFI_KERNEL = 16
+RELEASED_CONV_WIDTH = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Literals:
+  """What is edited in the released code to choose a variant: the string `a` of the tower's encoder, the architecture's
+  name in llava_arch.py, and the branch of train.py that says what is trained."""
+
+  encoder: str
+  architecture: str
+  train: str
+
+
+SIX, TWELVE, EIGHT = tuple(range(4, 25, 4)), tuple(range(2, 25, 2)), tuple(range(2, 17, 2))
+# (tower's family, maps, their sizes, whether there is DFI)
+VARIANTS = {
+  ("clip", "cropping", SIX, False): Literals("336_6_tokens", "conv336", "conv336"),
+  ("clip", "cropping", (8, 16, 24), False): Literals("336_3_tokens", "conv336_3_tokens", "conv336_3_tokens"),
+  ("clip", "cropping", TWELVE, False): Literals("224", "conv336_12_tokens", "conv336_12_tokens"),
+  ("clip", "cropping", (24,), False): Literals("336_6_tokens", "conv336_24", "conv336_24"),
+  ("clip", "cropping", EIGHT, False): Literals("224", "conv224", "conv224"),
+  ("clip", "cropping", SIX, True): Literals("336_6_tokens", "conv336_cropping_sfe_dfi", "conv336_q"),
+  ("clip", "pooling", SIX, False): Literals("336_pooling", "conv336_pooling_sfe", "conv336_adptive_pooling"),
+  ("clip", "pooling", SIX, True): Literals("336_pooling", "conv336_adptive_pooling_fuse_49", "conv336_q"),
+  ("siglip", "cropping", SIX, False): Literals("336", "conv336", "conv336"),
+  ("siglip", "cropping", TWELVE, False): Literals("224", "conv336_12_tokens", "conv336_12_tokens"),
+  ("siglip", "cropping", SIX, True): Literals("336", "conv336_cropping_sfe_dfi", "conv336_q"),
+}
+
+
+def write_official(
+  folder: str | Path,
+  model: ModelConfig,
+  tokenizer_folder: str | Path,
+  *,
+  vision_source: str,
+  base_model: str,
+  dtype: str,
+  lora: bool,
+) -> None:
+  """Writes every file but the weights, for the released code: of LLaVA-SP for a spatial projector, of LLaVA 1.5 else.
+
+  Args:
+    folder: exists, or is made. The released code finds the kind of model in its name.
+    model: its tower is not part of the folder; the code loads it from `vision_source`.
+    tokenizer_folder: the language model's folder; its tokenizer's files are copied as they are.
+    vision_source: folder or hub name of the tower. Whether it is CLIP is told by that name.
+    base_model: folder or hub name of the language model, which an adapter is loaded onto.
+    dtype: of the weights: "float32", "float16" or "bfloat16".
+    lora: whether the weights are an adapter and non_lora_trainables.bin, not a whole model.
+
+  Raises ConfigError for what the released code has no class for.
+  """
+  check_dtype(dtype)
+  refuse(model, vision_source)
+  folder, source = Path(folder), Path(tokenizer_folder)
+  tokenizer = chat.load_tokenizer(str(source))
+  folder.mkdir(parents=True, exist_ok=True)
+  ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  content = config(model, source, vision_source, dtype) | ids
+  write_json(folder / "config.json", {"_name_or_path": base_model} | content)
+  write_json(folder / "generation_config.json", ids | {"transformers_version": TRANSFORMERS_VERSION})
+  for name in TOKENIZER_FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, folder / name)
+  (folder / "README.md").write_text(readme(folder, model, source, vision_source, base_model, lora), encoding="utf-8")
+
+
+def refuse(model: ModelConfig, vision_source: str) -> None:
+  """Raises ConfigError where the released code would not load the model, or would load another one."""
+  if model.decoder.attention_bias:
+    raise ConfigError(
+      "decoder.attention_bias: the released code has no class for Qwen2; export to transformers instead"
+    )
+  spatial, clip = model.projector.kind == "spatial", family(model.vision) == "clip"
+  if not clip and not spatial:
+    raise ConfigError("LLaVA 1.5's released code loads CLIP towers only; export to transformers instead")
+  taken_for_clip = vision_source.startswith(("openai", "laion")) or "ShareGPT4V" in vision_source
+  if spatial:
+    taken_for_clip |= "clip" in vision_source
+  else:
+    taken_for_clip |= Path(vision_source).is_absolute()
+  if clip != taken_for_clip:
+    raise ConfigError(
+      f"vision_source={vision_source!r}: by this name the released code takes the tower for "
+      f"{'CLIP' if taken_for_clip else 'none that it knows' if not spatial else 'SigLIP'}; name it "
+      + ("openai/clip-vit-large-patch14-336 or by an absolute path with 'clip' in it" if clip else "without 'clip'")
+    )
+
+
+def family(vision: VisionConfig) -> str:
+  """ "clip" or "siglip"."""
+  return "clip" if vision.class_token else "siglip"
+
+
+def config(model: ModelConfig, llm_folder: Path, vision_source: str, dtype: str) -> dict[str, Any]:
+  """config.json, without ids."""
+  return {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    **text_config(model.decoder, llm_folder),
+    "model_type": "llava_llama",
+    "vocab_size": model.decoder.vocab_size,
+    "pretraining_tp": 1,
+    "rope_scaling": None,
+    "torch_dtype": dtype,
+    "transformers_version": TRANSFORMERS_VERSION,
+    "mm_vision_tower": vision_source,
+    "mm_hidden_size": model.vision.width,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_projector_lr": None,
+    "mm_vision_select_layer": model.vision.select_layer,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "use_mm_proj": True,
+    "image_aspect_ratio": "pad",
+    "tune_mm_mlp_adapter": False,
+    "freeze_mm_mlp_adapter": False,
+    "tokenizer_padding_side": "right",
+    "tokenizer_model_max_length": MODEL_MAX_LENGTH,
+  }
+
+
+def literals(model: ModelConfig) -> Literals | None:
+  """What the released code of LLaVA-SP must say for this variant, None where it has no such variant."""
+  projector, vision = model.projector, model.vision
+  sizes = map_sizes(projector, vision.grid)
+  found = VARIANTS.get((family(vision), projector.maps, sizes, bool(projector.dfi_kernel)))
+  whole_map = sizes[-1] == vision.grid
+  released = projector.head_bias == "released" and projector.conv_width == RELEASED_CONV_WIDTH and vision.width == 1024
+  return found if released and whole_map else None
+
+
+def readme(folder: Path, model: ModelConfig, llm_folder: Path, vision_source: str, base_model: str, lora: bool) -> str:
+  """What to set in the released code, and the command that asks the model."""
+  code = "LLaVA-SP (github.com/CnFaker/LLaVA-SP)" if model.projector.kind == "spatial" else "LLaVA 1.5"
+  needed = '"llava" and "lora"' if lora else '"llava"'
+  lines = [
+    f"# For the released code of {code}",
+    "",
+    f"Weights: {f'an adapter for `{base_model}`' if lora else 'the language model'} and the projector.",
+    f"The vision tower is loaded from `{vision_source}`.",
+    "",
+    "## What the code must say",
+    "",
+    *_settings(model),
+    "",
+    "## Asking it",
+    "",
+    f"The code finds the kind of model in the folder's name, which must contain {needed}.",
+  ]
+  if not lora and not (llm_folder / "tokenizer.model").is_file():
+    lines.append(
+      "It reads tokenizers from `tokenizer.model`, which this one came without: put it into the folder first."
+    )
+  lines += [
+    "",
+    "```",
+    f"python -m llava.eval.model_vqa_loader --model-path {folder.absolute()} \\",
+    *([f"  --model-base {base_model} \\"] if lora else []),
+    "  --question-file questions.jsonl --image-folder images --answers-file answers.jsonl \\",
+    "  --temperature 0 --conv-mode vicuna_v1",
+    "```",
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _settings(model: ModelConfig) -> list[str]:
+  if model.projector.kind != "spatial":
+    return ["Nothing: it is chosen by config.json."]
+  found = literals(model)
+  if found is None:
+    sizes = ", ".join(str(size) for size in map_sizes(model.projector, model.vision.grid))
+    return [
+      f"It has no such variant: {model.projector.maps} with maps of {sizes}, DFI's kernel {model.projector.dfi_kernel}",
+      f"and {model.projector.conv_width} channels. The names of the weights follow its rules all the same.",
+    ]
+  encoder = "clip_encoder.py" if family(model.vision) == "clip" else "siglip_encoder.py"
+  lines = [
+    "Its variants are chosen by literals in the code, which must agree:",
+    "",
+    "| file | literal |",
+    "|---|---|",
+    f"| `llava/model/multimodal_encoder/{encoder}`, `feature_select` | `a='{found.encoder}'` |",
+    "| `llava/model/llava_arch.py`, `LlavaMetaModel.__init__` and, again, `encode_images` | the architecture "
+    f"`{found.architecture}` |",
+    f"| `train.py`, only to train on | `a='{found.train}'` |",
+  ]
+  if model.projector.dfi_kernel not in (0, RELEASED_DFI_KERNEL):
+    lines += [
+      "",
+      f"`conv_CM` in `llava_arch.py` must have a kernel of {model.projector.dfi_kernel}, not {RELEASED_DFI_KERNEL}.",
+    ]
+  return lines
