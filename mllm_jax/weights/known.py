@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.config import DecoderConfig, VisionConfig
+from mllm_jax.weights import places
+from mllm_jax.weights.errors import WeightsError, brief
+from mllm_jax.weights.places import Place
 
-
-class WeightsError(ValueError):
-  """Weights that are missing, damaged or meant for another model; the message names the file and the remedy."""
+JSON_VALUES = 4_000_000  # 64 MiB of empty lists would take a gigabyte once parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,11 @@ def lookup(folder: str | Path) -> Known | None:
   return PUBLISHED.get(Path(folder).name)
 
 
-def missing(path: str | Path, sought: str) -> WeightsError:
+def missing(path: Place, sought: str) -> WeightsError:
   """The error for a file or folder that is not there: what was looked for, and how to get it where that is known."""
-  path = Path(path)
+  path = places.place(path)
+  if places.is_remote(path):
+    return WeightsError(f"{path} does not exist: looked for {sought}; check the path, and whether the upload finished")
   folder = path if lookup(path) else path.parent
   known = lookup(folder)
   remedy = (
@@ -51,26 +54,34 @@ def missing(path: str | Path, sought: str) -> WeightsError:
   return WeightsError(f"{path} does not exist: looked for {sought}; {remedy}")
 
 
-def read_json(path: str | Path, sought: str) -> dict[str, Any]:
-  """The object in a JSON file. Raises WeightsError where there is none, saying that `sought` was looked for."""
-  path = Path(path)
-  if not path.parent.is_dir():
+def read_json(path: Place, sought: str) -> dict[str, Any]:
+  """The object in a JSON file, local or remote. Raises WeightsError where there is none, saying that `sought` was
+  looked for, and for a file above 64 MiB.
+  """
+  path = places.place(path)
+  if not places.is_remote(path) and not path.parent.is_dir():
     raise missing(path.parent, f"a folder with {path.name}, {sought}")
-  if not path.is_file():
+  if not places.is_file(path):
     raise missing(path, sought)
+  text = places.read_bytes(path)
+  if sum(text.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
+    raise WeightsError(f"{path} has more than {JSON_VALUES} values; is it the right file?")
   try:
-    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+  except RecursionError as error:
+    raise WeightsError(f"{path} cannot be read as JSON (it is nested too deeply); download it again") from error
   except ValueError as error:
-    raise WeightsError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    raise WeightsError(f"{path} cannot be read as JSON ({str(error)[:200]}); download it again") from error
   if not isinstance(content, dict):
     raise WeightsError(f"{path} holds a {type(content).__name__} instead of an object; download it again")
   return content
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
   """A JSON object whose names must differ; JSON itself would let the last one win."""
   content = dict(pairs)
   if len(content) < len(pairs):
-    names = [name for name, _ in pairs]
-    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    seen = set()
+    twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+    raise ValueError(f"{brief(twice)} stands there twice")
   return content

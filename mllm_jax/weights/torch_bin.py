@@ -1,190 +1,197 @@
-"""Reading what `torch.save` wrote, without torch and without running anything the file says.
+"""Reading what `torch.save` wrote, in both of its formats, without torch and without running anything the file says.
 
-A file in the format of torch 1.6 and later is an uncompressed zip archive: `<root>/data.pkl` describes the tensors,
-`<root>/data/<key>` are the bytes of their storages. A pickle may name any function to be called, so only the handful
-that describe tensors are let through, and each of them stands for code of this file. A tensor comes out as a view of
-the memory-mapped file: nothing is read before it is used.
+Since torch 1.6 a file is an uncompressed zip archive: `<root>/data.pkl` describes the tensors, `<root>/data/<key>` are
+the bytes of their storages. Before, and on request since, it is five pickles one after the other (a magic number, the
+version, the machine's number format, the tensors, the keys of their storages) and then each storage in the order of the
+keys: 8 bytes with its number of elements, and the elements.
 """
 
-import collections
-import math
-import pickle
-import struct
-import zipfile
-from pathlib import Path
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable
 
-import ml_dtypes
-import numpy as np
+from mllm_jax.weights.errors import WeightsError, brief, pointer_or
+from mllm_jax.weights.places import Bytes, Place
+from mllm_jax.weights.stored import Stored, is_shape
+from mllm_jax.weights.torch_pickle import ONLY_TENSORS, PICKLE_BYTES, Machine, Refused, Storage, Stream, Tensor
+from mllm_jax.weights.torch_zip import Entry, ZipError, entries
 
-from mllm_jax.weights.known import WeightsError
-
-STORAGE_DTYPES = {
-  "FloatStorage": np.float32,
-  "HalfStorage": np.float16,
-  "BFloat16Storage": ml_dtypes.bfloat16,
-  "DoubleStorage": np.float64,
-  "LongStorage": np.int64,
-  "IntStorage": np.int32,
-  "ShortStorage": np.int16,
-  "CharStorage": np.int8,
-  "ByteStorage": np.uint8,
-  "BoolStorage": np.bool_,
-}
-LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name and extra field
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_VERSION = 1001
+ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
+TAR_MARK = slice(257, 262)  # "ustar"
+DAMAGED = "download it again"
+Locate = Callable[[Storage], int]  # the byte at which a storage starts, after checking its size
 
 
-class StorageType(NamedTuple):
-  dtype: np.dtype
+def parse(path: Place, source: Bytes) -> dict[str, Stored]:
+  """The tensors of a file that `torch.save` wrote of a flat dictionary.
 
-
-class Storage(NamedTuple):
-  key: str
-  dtype: np.dtype
-
-
-class Tensor(NamedTuple):
-  """A tensor as the pickle describes it; offset and strides count elements. Nothing in it is trusted yet."""
-
-  storage: Storage
-  offset: int
-  shape: tuple
-  strides: tuple
-
-
-def rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
-  del requires_grad, hooks, metadata
-  return Tensor(storage, offset, shape, strides)
-
-
-def rebuild_parameter(tensor, requires_grad=False, hooks=None):
-  del requires_grad, hooks
-  return tensor
-
-
-ALLOWED = {
-  ("collections", "OrderedDict"): collections.OrderedDict,
-  ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-  ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
-} | {("torch", name): StorageType(np.dtype(dtype)) for name, dtype in STORAGE_DTYPES.items()}
-
-
-class TensorUnpickler(pickle.Unpickler):
-  """An unpickler that knows tensors and dictionaries, and refuses everything else."""
-
-  def find_class(self, module, name):
-    if (module, name) not in ALLOWED:
-      raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of a tensor")
-    return ALLOWED[module, name]
-
-  def persistent_load(self, pid):
-    kind, storage_type, key = pid[:3]
-    if kind != "storage" or not isinstance(storage_type, StorageType) or not isinstance(key, str):
-      raise pickle.UnpicklingError(f"it refers to a {kind!r} of a type this reader does not know")
-    return Storage(key, storage_type.dtype)
-
-
-def read(path: str | Path) -> dict[str, np.ndarray]:
-  """The tensors of a file that `torch.save` wrote of a flat dictionary: read-only views of the memory-mapped file.
-
-  Raises WeightsError for a damaged file, the format of torch before 1.6, a pickle that asks for anything but tensors,
-  and a tensor that reaches beyond its storage.
+  Raises WeightsError for a damaged file, a pickle that asks for anything but tensors, names that stand twice, storages
+  whose size is not what the pickle says or that overlap, tensors that reach beyond their storage or overlap themselves.
+  Several tensors may share a storage, as tied weights do.
   """
-  path = Path(path)
-  if not zipfile.is_zipfile(path):
-    raise not_a_zip(path)
+  start = source.view(0, min(512, source.size)).tobytes()
   try:
-    with zipfile.ZipFile(path) as archive:
-      entries = {entry.filename: entry for entry in archive.infolist()}
-      described = [name for name in entries if name.endswith("data.pkl") and name.count("/") <= 1]
-      if len(described) != 1:
-        raise WeightsError(f"{path} is a zip archive without the data.pkl of a PyTorch file; is it the right file?")
-      root = described[0][: -len("data.pkl")]
-      byte_order = archive.read(entries[root + "byteorder"]) if root + "byteorder" in entries else b"little"
-      if byte_order != b"little":
-        raise WeightsError(f"{path} holds big-endian numbers; save it again on a little-endian machine")
-      with archive.open(described[0]) as file:
-        content = TensorUnpickler(file).load()
-  except WeightsError:
-    raise
-  except zipfile.BadZipFile as error:
-    raise WeightsError(f"{path} is damaged ({error}); download it again") from error
-  except Exception as error:  # a hostile or damaged pickle can make the unpickler raise anything
-    raise WeightsError(
-      f"{path} is refused: {error}; only plain dictionaries of tensors are read, so save it again as "
-      "`torch.save(model.state_dict(), path)` or as safetensors"
-    ) from error
+    if start.startswith(ZIP_START):
+      content, locate = parse_zip(path, source)
+    elif start.startswith(PICKLE_START):
+      content, locate = parse_legacy(path, source)
+    elif start[TAR_MARK] == b"ustar":
+      raise WeightsError(
+        f"{path} is a tar archive, as torch wrote before 2017; load it with a torch that still can, and save it "
+        "again as safetensors"
+      )
+    else:
+      raise WeightsError(f"{path} is no PyTorch file; {pointer_or(start, 'is it the right file?')}")
+  except ZipError as error:
+    raise WeightsError(f"{path} is damaged: {error}; {DAMAGED}") from error
+  except Refused as error:
+    raise WeightsError(f"{path} is refused: {error}; {error.remedy}") from error
   if not isinstance(content, dict):
-    raise WeightsError(f"{path} holds a {type(content).__name__} instead of a dictionary of tensors")
-  buffer = np.memmap(path, np.uint8, mode="r")
-  return {name: view(path, buffer, entries, root, name, tensor) for name, tensor in content.items()}
+    raise WeightsError(f"{path} holds a {type(content).__name__} instead of a dictionary of tensors; {ONLY_TENSORS}")
+  return {checked_name(path, name, tensor): stored(path, name, tensor, locate) for name, tensor in content.items()}
 
 
-def view(path: Path, buffer: np.ndarray, entries: dict[str, zipfile.ZipInfo], root: str, name, tensor) -> np.ndarray:
-  """The array that a pickled tensor describes, after checking that it lies within its storage."""
-  if not isinstance(name, str) or not isinstance(tensor, Tensor) or not isinstance(tensor.storage, Storage):
+def parse_zip(path: Place, source: Bytes) -> tuple[object, Locate]:
+  """The content of data.pkl, and where storages are."""
+  found = entries(source)
+  described = [name for name in found if name.endswith("data.pkl") and name.count("/") <= 1]
+  if len(described) != 1:
+    raise WeightsError(f"{path} is a zip archive without the data.pkl of a PyTorch file; is it the right file?")
+  root, entry = described[0].removesuffix("data.pkl"), found[described[0]]
+  order = found.get(root + "byteorder")
+  if order is not None and source.view(order.start, min(order.stop, order.start + 16)).tobytes() != b"little":
+    raise WeightsError(f"{path} holds big-endian numbers; save it again on a little-endian machine")
+  if entry.stop - entry.start > PICKLE_BYTES:
+    raise WeightsError(f"{path}: its data.pkl has {entry.stop - entry.start} bytes; {PICKLE_BYTES} are the most read")
+  check_sum(path, source, entry)
+  stream = Stream(source, entry.start, entry.stop)
+  content = Machine(id_parts=5).run(stream)
+  if stream.position != entry.stop:
+    raise Refused(f"its data.pkl goes on after its end, at byte {stream.position}")
+
+  def locate(storage: Storage) -> int:
+    entry = found.get(f"{root}data/{storage.key}")
+    if entry is None:
+      raise WeightsError(f"{path}: the storage {brief(storage.key)} is missing from the archive; {DAMAGED}")
+    needed = storage.numel * storage.type.dtype.itemsize
+    if entry.stop - entry.start != needed:
+      raise WeightsError(
+        f"{path}: the storage {brief(storage.key)} should have {needed} bytes ({storage.numel} x "
+        f"{storage.type.dtype}) and has {entry.stop - entry.start}; {DAMAGED}"
+      )
+    return entry.start
+
+  return content, locate
+
+
+def check_sum(path: Place, source: Bytes, entry: Entry) -> None:
+  """Raises WeightsError where the pickle's checksum is wrong: a changed stride would go unnoticed otherwise."""
+  crc = 0
+  for start in range(entry.start, entry.stop, 2**20):
+    crc = zlib.crc32(source.view(start, min(start + 2**20, entry.stop)), crc)
+  if crc != entry.crc:
     raise WeightsError(
-      f"{path}: the entry {name!r} is a {type(tensor).__name__}, not a tensor; save the weights alone, as "
+      f"{path} is damaged: the checksum of its data.pkl is {crc:08x} instead of {entry.crc:08x}; {DAMAGED}, or save it "
+      "again without torch.serialization.set_crc32_options(False)"
+    )
+
+
+def parse_legacy(path: Place, source: Bytes) -> tuple[object, Locate]:
+  """The fourth pickle of a file in the format before 1.6, and where storages are."""
+  stream = Stream(source, 0, source.size)
+  if Machine(6).run(stream) != LEGACY_MAGIC:
+    raise WeightsError(f"{path} is a pickle, but not one of torch.save; {ONLY_TENSORS}")
+  version = Machine(6).run(stream)
+  if version != LEGACY_VERSION:
+    raise WeightsError(f"{path} is of version {brief(version)} of torch's format before 1.6; {LEGACY_VERSION} is read")
+  machine_info = Machine(6).run(stream)
+  if not isinstance(machine_info, dict) or machine_info.get("little_endian") is not True:
+    raise WeightsError(f"{path} holds big-endian numbers; save it again on a little-endian machine")
+  tensors = Machine(6)
+  content = tensors.run(stream)
+  keys = Machine(6).run(stream)
+  if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+    raise Refused(f"the list of its storages is {brief(keys)}")
+  starts = lay_out(path, source, stream.position, keys, tensors.storages)
+
+  def locate(storage: Storage) -> int:
+    if storage.key not in starts:
+      raise WeightsError(f"{path}: the storage {brief(storage.key)} is missing from the file's list; {DAMAGED}")
+    return starts[storage.key]
+
+  return content, locate
+
+
+def lay_out(path: Place, source: Bytes, position: int, keys: list[str], storages: dict[str, Storage]) -> dict[str, int]:
+  """The byte at which each storage of the older format starts. The last one must end with the file."""
+  starts: dict[str, int] = {}
+  for key in keys:
+    if key in starts or key not in storages:
+      raise Refused(f"the storage {brief(key)} is {'listed twice' if key in starts else 'described by no tensor'}")
+    storage = storages[key]
+    starts[key] = position + 8
+    position += 8 + storage.numel * storage.type.dtype.itemsize
+    if position > source.size:
+      raise WeightsError(
+        f"{path} is cut off: its storage {brief(key)} ends at byte {position}, and the file has {source.size}; "
+        f"{DAMAGED}"
+      )
+    count = int.from_bytes(source.view(starts[key] - 8, starts[key]).tobytes(), "little")
+    if count != storage.numel:
+      raise WeightsError(
+        f"{path}: the storage {brief(key)} should have {storage.numel} elements and says {count}; {DAMAGED}"
+      )
+  if position != source.size:
+    raise WeightsError(f"{path} goes on after its last storage, from byte {position} to {source.size}; {DAMAGED}")
+  return starts
+
+
+def checked_name(path: Place, name, tensor) -> str:
+  """The name of a tensor, after checking that it is one."""
+  if not isinstance(name, str) or not isinstance(tensor, Tensor):
+    raise WeightsError(
+      f"{path}: the entry {brief(name)} is {brief(tensor)}, not a tensor; save the weights alone, as "
       "`torch.save(model.state_dict(), path)`"
     )
-  storage, offset, shape, strides = tensor
-  numbers = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
-  if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
+  try:
+    name.encode("utf-8")
+  except UnicodeEncodeError:
+    raise WeightsError(f"{path}: the name {ascii(name[:80])} is not valid text; {DAMAGED}") from None
+  return name
+
+
+def stored(path: Place, name: str, tensor: Tensor, locate: Locate) -> Stored:
+  """Where a tensor lies in the file, after checking that it lies within its storage and not over itself."""
+  offset, shape, strides, dtype = tensor.offset, tensor.shape, tensor.strides, tensor.dtype
+  lists = isinstance(shape, tuple) and isinstance(strides, tuple) and is_shape(shape) and len(shape) == len(strides)
+  numbers = (offset, *strides) if lists else (None,)
+  if not all(type(n) is int and 0 <= n < 2**60 for n in numbers):
     raise WeightsError(
-      f"{path}: tensor {name} is described by shape {shape}, strides {strides}, offset {offset}; the file is "
-      "damaged, download it again"
+      f"{path}: tensor {brief(name)} is described by shape {brief(shape)}, strides {brief(strides)}, offset "
+      f"{brief(offset)}; {DAMAGED}"
     )
-  if 0 in shape:
-    return np.zeros(shape, storage.dtype)
-  start, size = storage_bytes(path, buffer, entries, root + "data/" + storage.key)
-  last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides))
-  if (last + 1) * storage.dtype.itemsize > size:
+  start, itemsize = locate(tensor.storage), dtype.itemsize
+  size = tensor.storage.numel * tensor.storage.type.dtype.itemsize
+  found = Stored(dtype, shape, tuple(stride * itemsize for stride in strides), start + offset * itemsize)
+  if found.stop > start + size:
     raise WeightsError(
-      f"{path}: tensor {name} of shape {shape} reaches beyond its storage of {size} bytes; the file is "
-      "damaged, download it again"
+      f"{path}: tensor {brief(name)} of shape {brief(shape)}, strides {brief(strides)}, offset {offset} reaches beyond "
+      f"its storage of {size} bytes; {DAMAGED}"
     )
-  itemsize = storage.dtype.itemsize
-  return np.ndarray(shape, storage.dtype, buffer, start + offset * itemsize, [stride * itemsize for stride in strides])
-
-
-def storage_bytes(path: Path, buffer: np.ndarray, entries: dict[str, zipfile.ZipInfo], name: str) -> tuple[int, int]:
-  """Where the bytes of a storage start in the file, and how many there are."""
-  entry = entries.get(name)
-  if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+  if 0 not in shape and overlaps_itself(shape, strides):
     raise WeightsError(
-      f"{path}: the storage {name} is {'missing' if entry is None else 'compressed'}; the file is damaged or "
-      "was not written by torch.save, download it again"
+      f"{path}: tensor {brief(name)} of shape {brief(shape)} and strides {brief(strides)} uses numbers of its storage "
+      "several times; save it again after `.contiguous()`"
     )
-  header = bytes(buffer[entry.header_offset : entry.header_offset + LOCAL_HEADER_BYTES])
-  if len(header) < LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
-    raise WeightsError(
-      f"{path}: the storage {name} has no header where the archive says; the file is damaged, download it again"
-    )
-  # The local header repeats the name, with an extra field of its own length: torch pads there to align the data.
-  start = entry.header_offset + LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
-  if start + entry.file_size > math.prod(buffer.shape):
-    raise WeightsError(f"{path}: the storage {name} is cut off; download the file again")
-  return start, entry.file_size
+  return found
 
 
-def not_a_zip(path: Path) -> WeightsError:
-  """Why a file is no zip archive, told from its first bytes."""
-  with open(path, "rb") as file:
-    start = file.read(64)
-  if start.startswith(b"PK\x03\x04"):
-    return WeightsError(
-      f"{path} is cut off: its end, where a zip archive lists what it holds, is missing; download it again"
-    )
-  if start.startswith(b"\x80"):
-    return WeightsError(
-      f"{path} is in the format of torch before 1.6; save it again with a newer torch, "
-      "`torch.save(torch.load(path, map_location='cpu', weights_only=True), path)`"
-    )
-  return WeightsError(f"{path} is no PyTorch file; {pointer_or(start, 'is it the right file?')}")
-
-
-def pointer_or(start: bytes, otherwise: str) -> str:
-  """A remedy for a file that starts so: a Git LFS pointer stands where the weights have not been fetched."""
-  if start.startswith(b"version https://git-lfs"):
-    return "it is a Git LFS pointer: fetch the weights themselves with `git lfs pull` or `hf download`"
-  return otherwise
+def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+  """Whether a step along some axis is not longer than all that the shorter steps can reach."""
+  reach = 0
+  for stride, length in sorted((stride, length) for stride, length in zip(strides, shape) if length > 1):
+    if stride <= reach:
+      return True
+    reach += stride * (length - 1)
+  return False

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
-from mllm_jax.weights import torch_bin
+from mllm_jax.weights import torch_pickle
 from mllm_jax.weights.io import WeightsError, open_weights
 
 BF16 = ml_dtypes.bfloat16
-STORAGES = {np.dtype(dtype): name for name, dtype in torch_bin.STORAGE_DTYPES.items()}
+STORAGES = {np.dtype(dtype): name for name, dtype in torch_pickle.STORAGE_DTYPES.items()}
 
 
 class Stored:
@@ -197,9 +197,9 @@ def test_bin_files_that_are_not_what_they_should_be(tmp_path, torch_names):
   save_bin(path, {"a": whole("0", A)})
   content = path.read_bytes()
   path.write_bytes(content[:-40])
-  refused("model.bin is cut off.*download it again")
+  refused("model.bin is damaged: it is cut off.*download it again")
   path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")  # how torch.save began before 1.6
-  refused("before 1.6.*weights_only=True")
+  refused("model.bin is refused: its pickle is damaged or cut off after byte.*download it again")
   path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
   refused("Git LFS pointer")
   path.write_bytes(b"")
