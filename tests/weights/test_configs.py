@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mllm_jax.config import CLIP_MEAN, DecoderConfig, LoraConfig, VisionConfig
-from mllm_jax.weights import clip, known, llama, peft
+from mllm_jax.weights import clip, known, llama, peft, qwen2, siglip
 from mllm_jax.weights.io import WeightsError
 
 CLIP = {
@@ -27,6 +29,23 @@ VICUNA = {
   "rms_norm_eps": 1e-5,
   "vocab_size": 32000,
   "rope_scaling": None,
+}
+SIGLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SIGLIP |= {"image_size": 384, "patch_size": 16}  # the rest of SigLIP-L/16-384's is transformers' defaults
+QWEN2 = {
+  "model_type": "qwen2",
+  "hidden_size": 896,
+  "intermediate_size": 4864,
+  "num_hidden_layers": 24,
+  "num_attention_heads": 14,
+  "num_key_value_heads": 2,
+  "rope_theta": 1000000.0,
+  "rms_norm_eps": 1e-6,
+  "sliding_window": 32768,
+  "max_window_layers": 24,
+  "use_sliding_window": False,
+  "tie_word_embeddings": True,
+  "vocab_size": 151936,
 }
 ADAPTER = {
   "peft_type": "LORA",
@@ -101,26 +120,136 @@ def test_llama_refuses(tmp_path, change, named):
     llama.read_config(write(tmp_path, VICUNA | change))
 
 
-def test_peft(tmp_path):
-  config = peft.read_config(write(tmp_path, ADAPTER, "adapter_config.json"))
+def test_siglip(tmp_path):
+  expected = VisionConfig(
+    image_size=384,
+    patch_size=16,
+    activation="gelu_pytorch_tanh",
+    norm_eps=1e-6,
+    class_token=False,
+    patch_bias=True,
+    pre_norm=False,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+  )
+  whole = {"model_type": "siglip", "vision_config": SIGLIP, "text_config": {"hidden_size": 768}}
+  assert siglip.read_config(write(tmp_path, whole)) == expected
+  assert siglip.read_config(write(tmp_path, SIGLIP | {"model_type": "siglip_vision_model"})) == expected
+  tower = siglip.read_config(write(tmp_path, {"model_type": "siglip_vision_model"}))  # all as transformers' defaults
+  assert (tower.width, tower.layers, tower.heads, tower.mlp_width) == (768, 12, 12, 3072)
+  assert (tower.image_size, tower.patch_size, tower.grid) == (224, 16, 14)
+  write(tmp_path, {"image_mean": [0.1] * 3}, "preprocessor_config.json")
+  assert (siglip.read_config(tmp_path).mean, siglip.read_config(tmp_path).std) == ((0.1,) * 3, (0.5,) * 3)
+  with pytest.raises(WeightsError, match="config.json: model_type is 'clip'.*google/siglip-large-patch16-384"):
+    siglip.read_config(write(tmp_path, whole | {"model_type": "clip"}))
+  with pytest.raises(WeightsError, match="config.json, vision_config: hidden_act is 'relu'"):
+    siglip.read_config(write(tmp_path, whole | {"vision_config": SIGLIP | {"hidden_act": "relu"}}))
+
+
+def test_qwen2(tmp_path):
+  expected = DecoderConfig(
+    vocab_size=151936,
+    width=896,
+    layers=24,
+    heads=14,
+    kv_heads=2,
+    head_width=64,
+    mlp_width=4864,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tied_embeddings=True,
+    attention_bias=True,
+  )
+  assert qwen2.read_config(write(tmp_path, QWEN2)) == expected
+  five = {key: value for key, value in QWEN2.items() if key != "rope_theta"} | {
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    "layer_types": ["full_attention"] * 24,
+    "sliding_window": None,
+  }
+  assert qwen2.read_config(write(tmp_path, five)) == expected
+  bare = qwen2.read_config(write(tmp_path, {"model_type": "qwen2"}))  # all as transformers' defaults
+  assert (bare.vocab_size, bare.mlp_width, bare.kv_heads, bare.rope_theta) == (151936, 22016, 32, 10000.0)
+  assert (bare.norm_eps, bare.tied_embeddings) == (1e-6, False)
+
+
+@pytest.mark.parametrize(
+  "change, named",
+  [
+    ({"model_type": "llama"}, "'llama'"),
+    ({"use_sliding_window": True}, "use_sliding_window=True"),
+    ({"layer_types": ["full_attention"] * 12 + ["sliding_attention"] * 12}, "layer_types has sliding_attention"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+  ],
+)
+def test_qwen2_refuses(tmp_path, change, named):
+  with pytest.raises(WeightsError, match=f"config.json.*{named}"):
+    qwen2.read_config(write(tmp_path, QWEN2 | change))
+
+
+def test_parts_of_a_llava_configuration():
+  """The inner dictionaries, whose place is named in errors; an absent model_type is that of the family asked for."""
+  where = "llava/config.json, text_config"
+  assert llama.parse(VICUNA, where) == llama.parse(VICUNA | {"model_type": "llama"}, where) == DecoderConfig()
+  assert qwen2.parse(QWEN2, where).attention_bias
+  assert clip.parse(CLIP | {"model_type": "clip_vision_model"}, where) == clip.parse(CLIP, where) == VisionConfig()
+  assert siglip.parse(SIGLIP, where).grid == 24
+  for parse, content in ((llama.parse, QWEN2), (qwen2.parse, VICUNA), (clip.parse, {"model_type": "siglip"})):
+    with pytest.raises(WeightsError, match="^llava/config.json, text_config: model_type is '"):
+      parse(content, where)
+  with pytest.raises(WeightsError, match=r"image_size.*\[384, 512\].*square"):
+    siglip.parse(SIGLIP | {"image_size": [384, 512]}, where)
+
+
+def write_adapter(folder, content):
+  """An adapter of q_proj and v_proj in one layer, of rank 128, with that configuration."""
+  tensors = {}
+  for name in ("q_proj", "v_proj"):
+    stem = f"base_model.model.model.layers.0.self_attn.{name}.lora_"
+    tensors |= {stem + "A.weight": np.ones((128, 4), np.float16), stem + "B.weight": np.ones((4, 128), np.float16)}
+  save_file(tensors, folder / "adapter_model.safetensors")
+  return write(folder, content, "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    {"target_modules": "all-linear"},
+    {"target_modules": r".*\.(q|v)_proj"},
+    {"target_modules": ["q_proj", "v_proj", "gate_proj"], "exclude_modules": "gate_proj"},
+    {"layers_to_transform": [0], "peft_version": "0.21.2", "runtime_config": {"ephemeral_gpu_offload": False}},
+    {"init_lora_weights": "gaussian", "alpha_pattern": {}, "use_dora": False, "layer_replication": None},
+  ],
+)
+def test_peft(tmp_path, change):
+  config = peft.read_config(write_adapter(tmp_path, ADAPTER | change))
   assert config == LoraConfig(rank=128, alpha=256.0, dropout=0.05, targets=("q_proj", "v_proj"))
+
+
+def test_peft_reads_what_it_writes(tmp_path):
+  config = LoraConfig(rank=128, alpha=256.0, dropout=0.05, targets=("q_proj", "v_proj"))
+  content = peft.config_file(config, "lmsys/vicuna-7b-v1.5")
+  assert content["base_model_name_or_path"] == "lmsys/vicuna-7b-v1.5"
+  assert peft.read_config(write_adapter(tmp_path, content)) == config
 
 
 @pytest.mark.parametrize(
   "change, named",
   [
     ({"peft_type": "IA3"}, "'IA3'"),
-    ({"use_rslora": True}, "use_rslora=True"),
-    ({"use_dora": True, "bias": "all"}, "use_dora=True, bias='all'"),
-    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-    ({"target_modules": "all-linear"}, "target_modules is 'all-linear'"),
-    ({"target_modules": ["lm_head"]}, "lm_head"),
+    ({"use_dora": True, "bias": "all"}, "bias='all', use_dora=True"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+    ({"layer_replication": [[0, 4]]}, "layer_replication"),
+    ({"a_new_kind_of_adapter": {"on": True}}, "a_new_kind_of_adapter"),
     ({"r": None}, "lacks r or lora_alpha"),
+    ({"lora_alpha": 0}, "lacks r or lora_alpha"),
   ],
 )
 def test_peft_refuses(tmp_path, change, named):
   with pytest.raises(WeightsError, match=f"adapter_config.json.*{named}"):
-    peft.read_config(write(tmp_path, ADAPTER | change, "adapter_config.json"))
+    peft.read_config(write_adapter(tmp_path, ADAPTER | change))
 
 
 @pytest.mark.parametrize(
