@@ -59,30 +59,37 @@ def load(folder: str | Path) -> Any:
 def extended(tokenizer: Any, vocabulary: HfVocabulary) -> dict[str, Any]:
   """The content of tokenizer.json, with the image and the padding token as special tokens.
 
-  The tokenizers library numbers added tokens itself, from the size of the vocabulary, and does not read their ids. The
-  embedding may have more rows than that, so the two stand in the model's vocabulary as well, where ids are read.
+  The tokenizers library numbers added tokens itself, from the size of the vocabulary, and does not read their ids. An
+  embedding may have more rows than that, as Qwen2's has; then all added tokens are made part of the vocabulary, where
+  ids are read. No merge leads to them, so that nothing else is tokenized differently.
 
   Raises ConfigError where the ids cannot be had.
   """
   content = json.loads(tokenizer.backend_tokenizer.to_str())
   content["truncation"] = content["padding"] = None
+  added = content["added_tokens"]
   names = {IMAGE_TOKEN: vocabulary.image_token_id, _pad_token(tokenizer): vocabulary.pad_token_id}
   for name, number in names.items():
-    known = next((token for token in content["added_tokens"] if token["content"] == name), None)
-    if known is not None:
+    known = next((token for token in added if token["content"] == name), None)
+    if known is None:
+      added.append({"id": number, "content": name, **ADDED})
+    else:
       known["special"] = True
-      continue
-    if isinstance(content["model"]["vocab"], dict):
-      content["model"]["vocab"].setdefault(name, number)
-    content["added_tokens"].append({"id": number, "content": name, **ADDED})
-  backend = Tokenizer.from_str(json.dumps(content))
-  wrong = {name: backend.token_to_id(name) for name, number in names.items() if backend.token_to_id(name) != number}
-  if wrong:
+  if _misnumbered(content) and isinstance(content["model"]["vocab"], dict):
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in added}
+  wrong = _misnumbered(content)
+  if wrong or any(token["id"] != names.get(token["content"], token["id"]) for token in added):
     raise ConfigError(
-      f"{tokenizer.name_or_path}: the tokenizer numbers its tokens {wrong} where {names} are needed; use "
-      "hf_vocabulary(tokenizer_folder, decoder) of this same folder, and a BPE tokenizer"
+      f"{tokenizer.name_or_path}: this tokenizer cannot number its tokens {names} ({wrong}); use the vocabulary that "
+      "hf_vocabulary gives for this folder, and a BPE tokenizer"
     )
   return content
+
+
+def _misnumbered(content: dict[str, Any]) -> list[str]:
+  """The added tokens that the tokenizers library gives another id than they should have."""
+  backend = Tokenizer.from_str(json.dumps(content))
+  return [token["content"] for token in content["added_tokens"] if backend.token_to_id(token["content"]) != token["id"]]
 
 
 def write(folder: Path, source: Path, tokenizer: Any, content: dict[str, Any]) -> None:

@@ -1,0 +1,189 @@
+"""Exported folders in transformers itself, versions 4 and 5: the same ids, pixels, logits and answers as ours.
+
+Version 4 lies in a folder of its own, which MLLM_JAX_TRANSFORMERS4 names; where it names none, one is made with pip.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ask_transformers
+import numpy as np
+import pytest
+from export_cases import CONVERSATIONS, MODELS, pictures, write_tokenizers
+from flax import nnx
+from safetensors.numpy import save_file
+
+from mllm_jax import parameters
+from mllm_jax.data import chat, images
+from mllm_jax.data.processor import Processor, collate
+from mllm_jax.inference.engine import Engine
+from mllm_jax.models import projectors
+from mllm_jax.models.mllm import Mllm
+from mllm_jax.weights import clip, llama, mapping, mlp, qwen2, side_files, siglip
+
+pytestmark = pytest.mark.torch
+# Without their dependencies, which version 5 has brought along.
+TRANSFORMERS4 = ("transformers==4.57.6", "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<0.23")
+EVERY = pytest.mark.parametrize("version", ["4", "5"])
+KINDS = pytest.mark.parametrize("kind", list(MODELS))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+  return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folders(workspace):
+  return write_tokenizers(workspace / "tokenizers")
+
+
+@pytest.fixture(scope="module")
+def exported(workspace, tokenizer_folders):
+  """{kind: (folder, our model)}: whole folders, with weights."""
+  made = {}
+  for kind, config in MODELS.items():
+    folder, source = workspace / "exported" / kind, tokenizer_folders[kind]
+    model = random_model(config)
+    vocabulary = side_files.hf_vocabulary(source, config.decoder)
+    side_files.write_hf(folder, config, source, "vicuna_v1", vocabulary, "float32")
+    save_file(classic_names(model, vocabulary.vocab_size), folder / "model.safetensors", {"format": "pt"})
+    made[kind] = folder, model
+  return made
+
+
+@pytest.fixture(scope="module")
+def ours(exported, tokenizer_folders):
+  """{kind: {question's number: (row, logits, answer, end of an answer)}}."""
+  files, results = pictures(), {}
+  for kind, (_, model) in exported.items():
+    config, tokenizer = MODELS[kind], chat.load_tokenizer(str(tokenizer_folders[kind]))
+    processor = Processor(tokenizer, config.vision, projectors.tokens_per_crop(config), "vicuna_v1", 512, 2)
+    engine, results[kind] = Engine(model, tokenizer.eos_id), []
+    for turns, names, system in CONVERSATIONS.values():
+      row = processor.prompt(turns, [files[name] for name in names], system=system)
+      batch = collate([row])
+      answer = engine.generate(batch, ask_transformers.NEW_TOKENS)[0]
+      results[kind].append((row, np.asarray(model.logits(batch))[0], answer, tokenizer.eos_id))
+  return results
+
+
+@pytest.fixture(scope="module")
+def theirs(workspace, exported):
+  """{version: what `ask_transformers` wrote}; version 5 is asked by the same script as version 4."""
+  for name, picture in pictures().items():
+    picture.save(workspace / f"{name}.png")
+  questions = [
+    {"messages": messages(turns, system), "pictures": [str(workspace / f"{name}.png") for name in names]}
+    for turns, names, system in CONVERSATIONS.values()
+  ]
+  (workspace / "questions.json").write_text(json.dumps(questions))
+  folders = [str(folder) for folder, _ in exported.values()]
+  paths = str(workspace / "questions.json"), str(workspace / "answers5.npz")
+  ask_transformers.main(*paths, *folders)
+  arguments = [ask_transformers.__file__, paths[0], str(workspace / "answers4.npz"), *folders]
+  environment = os.environ | {"PYTHONPATH": str(transformers4(workspace)), "CUDA_VISIBLE_DEVICES": ""}
+  result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  return {version: np.load(workspace / f"answers{version}.npz") for version in ("4", "5")}
+
+
+def transformers4(workspace: Path) -> Path:
+  """A folder with version 4, for PYTHONPATH."""
+  if given := os.environ.get("MLLM_JAX_TRANSFORMERS4"):
+    assert (Path(given) / "transformers").is_dir(), f"MLLM_JAX_TRANSFORMERS4={given} holds no transformers"
+    return Path(given)
+  folder = workspace / "transformers4"
+  command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *TRANSFORMERS4]
+  subprocess.run(command, check=True)
+  return folder
+
+
+def random_model(config) -> Mllm:
+  """With biases and norms that differ from what they are before training, so that a forgotten one shows."""
+  draw = np.random.default_rng(0)
+  graphdef, flat = parameters.flatten(Mllm(config, rngs=nnx.Rngs(0)))
+  arrays = {
+    path: (draw.normal(size=x.shape) * 0.3 + path.endswith("scale")).astype(np.float32) for path, x in flat.items()
+  }
+  return parameters.unflatten(graphdef, arrays)
+
+
+def classic_names(model: Mllm, rows: int) -> dict[str, np.ndarray]:
+  """The weights by llava-hf's names, with `rows` rows in the embedding and the head."""
+  config = model.config
+  towers = clip if config.vision.class_token else siglip
+  decoders = qwen2 if config.decoder.attention_bias else llama
+  tables = {
+    "vision/": towers.table(config.vision, "vision_tower.vision_model."),
+    "decoder/": decoders.table(config.decoder, "language_model."),
+    "projector/": mlp.table("llava-hf"),
+  }
+  flat = {path: np.asarray(value) for path, value in parameters.flatten(model)[1].items()}
+  tensors = side_files.extra_tensors(config)
+  for part, table in tables.items():
+    tensors |= mapping.export({path: value for path, value in flat.items() if path.startswith(part)}, table)
+  for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+    if name in tensors:
+      new = np.repeat(tensors[name].mean(0, keepdims=True), rows - len(tensors[name]), axis=0)
+      tensors[name] = np.concatenate([tensors[name], new])
+  return tensors
+
+
+def messages(turns, system) -> list[dict]:
+  """A conversation as transformers wants it."""
+  result = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+  for turn in turns:
+    n_images = turn.text.count("<image>")
+    text = turn.text.replace("<image>", "").strip() if n_images else turn.text
+    content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}] * bool(text)
+    result.append({"role": "user" if turn.role == "human" else "assistant", "content": content})
+  return result
+
+
+@EVERY
+def test_the_version_is_the_one_meant(theirs, version):
+  assert str(theirs[version]["version"]).startswith(f"{version}.")
+
+
+@EVERY
+@KINDS
+def test_no_weight_is_missing_left_over_or_of_another_shape(theirs, version, kind):
+  assert theirs[version][f"{kind}/problems"].tolist() == []
+
+
+@EVERY
+@KINDS
+def test_prompts_have_our_ids(theirs, ours, exported, version, kind):
+  image_id = json.loads((exported[kind][0] / "config.json").read_text())["image_token_id"]
+  for number, (name, (row, *_)) in enumerate(zip(CONVERSATIONS, ours[kind])):
+    expected = np.where(row.visual_index >= 0, image_id, row.tokens).tolist()
+    assert theirs[version][f"{kind}/{number}/ids"].tolist() == expected, name
+    assert theirs[version][f"{kind}/{number}/ids_in_one_call"].tolist() == expected, name
+
+
+@EVERY
+@KINDS
+def test_pictures_have_our_pixel_values(theirs, ours, version, kind):
+  vision = MODELS[kind].vision
+  for number, (_, names, _) in enumerate(CONVERSATIONS.values()):
+    if names:
+      pixels = images.normalise(ours[kind][number][0].pixels, vision.mean, vision.std)[: len(names)]
+      # a product with 1/255 against a quotient, in float32
+      np.testing.assert_allclose(theirs[version][f"{kind}/{number}/pixels"], pixels, atol=1e-6)
+
+
+@EVERY
+@KINDS
+def test_logits_and_greedy_answers_are_ours(theirs, ours, version, kind):
+  for number, (name, (_, logits, answer, eos_id)) in enumerate(zip(CONVERSATIONS, ours[kind])):
+    get = lambda key: theirs[version][f"{kind}/{number}/{key}"]
+    # float32 sums in another order
+    np.testing.assert_allclose(get("logits")[:, : logits.shape[1]], logits, atol=1e-4 * np.abs(logits).max())
+    assert get("logits").argmax(1).max() < logits.shape[1], name
+    generated = get("answer").tolist()
+    assert (generated[: generated.index(eos_id)] if eos_id in generated else generated) == answer, name
+  assert len({tuple(answer) for _, _, answer, _ in ours[kind]}) > 1  # not the same to every question
