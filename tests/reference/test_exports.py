@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import ask_transformers
+import jax
 import numpy as np
 import pytest
 from export_cases import CONVERSATIONS, MODELS, pictures, write_tokenizers
@@ -27,6 +29,7 @@ from mllm_jax.weights import clip, llama, mapping, mlp, qwen2, side_files, sigli
 pytestmark = pytest.mark.torch
 # Without their dependencies, which version 5 has brought along.
 TRANSFORMERS4 = ("transformers==4.57.6", "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<0.23")
+PLACES = 384
 EVERY = pytest.mark.parametrize("version", ["4", "5"])
 KINDS = pytest.mark.parametrize("kind", list(MODELS))
 
@@ -57,17 +60,21 @@ def exported(workspace, tokenizer_folders):
 
 @pytest.fixture(scope="module")
 def ours(exported, tokenizer_folders):
-  """{kind: {question's number: (row, logits, answer, end of an answer)}}."""
+  """{kind: [(row, logits, answer, end-of-sequence id) of each question]}."""
   files, results = pictures(), {}
+  forward = jax.jit(lambda model, batch: model.logits(batch))
   for kind, (_, model) in exported.items():
     config, tokenizer = MODELS[kind], chat.load_tokenizer(str(tokenizer_folders[kind]))
-    processor = Processor(tokenizer, config.vision, projectors.tokens_per_crop(config), "vicuna_v1", 512, 2)
+    processor = Processor(tokenizer, config.vision, projectors.tokens_per_crop(config), "vicuna_v1", PLACES, 2)
     engine, results[kind] = Engine(model, tokenizer.eos_id), []
     for turns, names, system in CONVERSATIONS.values():
-      row = processor.prompt(turns, [files[name] for name in names], system=system)
-      batch = collate([row])
+      pictures_of_row = [files[name] for name in names]
+      row = processor.prompt(turns, pictures_of_row, system=system)
+      # of one length, so that there is one compilation for all
+      batch = collate([processor.prompt(turns, pictures_of_row, PLACES, system)])
       answer = engine.generate(batch, ask_transformers.NEW_TOKENS)[0]
-      results[kind].append((row, np.asarray(model.logits(batch))[0], answer, tokenizer.eos_id))
+      logits = np.asarray(forward(model, batch))[0, : len(row.tokens)]
+      results[kind].append((row, logits, answer, tokenizer.eos_id))
   return results
 
 
@@ -83,11 +90,12 @@ def theirs(workspace, exported):
   (workspace / "questions.json").write_text(json.dumps(questions))
   folders = [str(folder) for folder, _ in exported.values()]
   paths = str(workspace / "questions.json"), str(workspace / "answers5.npz")
-  ask_transformers.main(*paths, *folders)
-  arguments = [ask_transformers.__file__, paths[0], str(workspace / "answers4.npz"), *folders]
-  environment = os.environ | {"PYTHONPATH": str(transformers4(workspace)), "CUDA_VISIBLE_DEVICES": ""}
-  result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-  assert result.returncode == 0, result.stderr
+  command = [sys.executable, ask_transformers.__file__, paths[0], str(workspace / "answers4.npz"), *folders]
+  environment = os.environ | {"PYTHONPATH": str(transformers4(workspace)), "OMP_NUM_THREADS": "1"}
+  with subprocess.Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True) as process:
+    ask_transformers.main(*paths, *folders)  # at the same time
+    output, _ = process.communicate()
+  assert process.returncode == 0, output
   return {version: np.load(workspace / f"answers{version}.npz") for version in ("4", "5")}
 
 
@@ -187,3 +195,21 @@ def test_logits_and_greedy_answers_are_ours(theirs, ours, version, kind):
     generated = get("answer").tolist()
     assert (generated[: generated.index(eos_id)] if eos_id in generated else generated) == answer, name
   assert len({tuple(answer) for _, _, answer, _ in ours[kind]}) > 1  # not the same to every question
+
+
+def test_the_template_takes_contents_of_every_kind(exported):
+  from transformers import AutoProcessor
+
+  render = lambda content, role="user": processor.apply_chat_template(
+    [{"role": role, "content": content}], add_generation_prompt=True
+  )
+  processor = AutoProcessor.from_pretrained(exported["spm_legacy"][0])
+  picture, text = {"type": "image"}, lambda text: {"type": "text", "text": text}
+  expected = render([picture, text("What is it?")])
+  assert expected == f"{chat.VICUNA_SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+  # the picture comes first wherever it stands, as in our turns
+  assert render([text("What is it?"), picture]) == render("What is it?\n<image>") == expected
+  assert render([text("a"), text("b")]) == f"{chat.VICUNA_SYSTEM} USER: a\nb ASSISTANT:"
+  assert render("Hello.", "system") == "Hello. ASSISTANT:"
+  with pytest.raises(Exception, match="role tool is unknown"):
+    render("x", "tool")

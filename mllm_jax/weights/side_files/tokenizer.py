@@ -77,11 +77,12 @@ def extended(tokenizer: Any, vocabulary: HfVocabulary) -> dict[str, Any]:
       known["special"] = True
   if _misnumbered(content) and isinstance(content["model"]["vocab"], dict):
     content["model"]["vocab"] |= {token["content"]: token["id"] for token in added}
-  wrong = _misnumbered(content)
-  if wrong or any(token["id"] != names.get(token["content"], token["id"]) for token in added):
+  owners = {number: name for name, number in tokenizer.get_vocab().items()}
+  taken = [name for name, number in names.items() if owners.get(number, name) != name]
+  if taken or _misnumbered(content):
     raise ConfigError(
-      f"{tokenizer.name_or_path}: this tokenizer cannot number its tokens {names} ({wrong}); use the vocabulary that "
-      "hf_vocabulary gives for this folder, and a BPE tokenizer"
+      f"{tokenizer.name_or_path}: this tokenizer cannot give its tokens the ids {names}; use the vocabulary that "
+      "hf_vocabulary makes for this folder, and a BPE tokenizer"
     )
   return content
 
