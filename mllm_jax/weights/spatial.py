@@ -15,6 +15,7 @@ from mllm_jax.weights.mapping import CONV, Row, Table, linear, norm
 
 # Patches along a side of CLIP-L/14 at 224, whose maps the released code counts instead of naming their size.
 GRID_224 = 16
+LISTED = 6  # tensors that an error spells out
 MAPS = (
   "the maps have other sizes; compare projector.stride, projector.sizes and projector.maps with the run that made it"
 )
@@ -101,8 +102,10 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], grid: int, where: str = "th
   hint_of = lambda name: "".join(f" ({text})" for pattern, text in UNREAD if re.fullmatch(pattern, name))
   misfits = [f"{name} {shape}{hint_of(name)}" for name, shape in found.items() if name not in names]
   if misfits or config is None:
+    more = f"; and {len(misfits) - LISTED} more" if len(misfits) > LISTED else ""
     raise WeightsError(
-      f"{where} holds the projector of no variant that is read for a grid of {grid}: {'; '.join(misfits)}"
+      f"{where} holds the projector of no variant that is read for a grid of {grid}: "
+      f"{'; '.join(misfits[:LISTED])}{more}"
     )
   return config
 

@@ -5,8 +5,16 @@ import math
 
 import pytest
 
-from mllm_jax import parameters
-from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
+from mllm_jax import parameters, sharding
+from mllm_jax.config import (
+  ConfigError,
+  DecoderConfig,
+  LoraConfig,
+  MeshConfig,
+  ModelConfig,
+  ProjectorConfig,
+  VisionConfig,
+)
 from mllm_jax.models import mllm, projectors
 from mllm_jax.models.projectors.spatial import map_sizes
 
@@ -40,6 +48,38 @@ def test_parameters_of_vicuna_and_its_adapters():
   config = ModelConfig(lora=LoraConfig(rank=128))
   assert count(config, "/lora/") == 319_815_680
   assert count(ModelConfig(), "decoder/") == 6_738_415_616
+
+
+def test_parameters_of_qwen2_and_siglip():
+  """Qwen2-0.5B is published as 0.49 billion parameters of which 0.36 are not embeddings; the layers of SigLIP-L/16-384
+  that are used are CLIP-L's."""
+  qwen2 = DecoderConfig(
+    vocab_size=151936,
+    width=896,
+    layers=24,
+    heads=14,
+    kv_heads=2,
+    head_width=64,
+    mlp_width=4864,
+    tied_embeddings=True,
+    attention_bias=True,
+  )
+  assert count(ModelConfig(decoder=qwen2), "decoder/") == 494_032_768
+  assert count(ModelConfig(decoder=qwen2), "decoder/embedding") == 151_936 * 896
+  siglip = VisionConfig(image_size=384, patch_size=16, class_token=False, patch_bias=True, pre_norm=False)
+  layers = 23 * (4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024)
+  assert count(ModelConfig(vision=siglip), "vision/") == layers + 16 * 16 * 3 * 1024 + 1024 + 576 * 1024
+
+
+def test_every_parameter_of_every_family_has_a_place():
+  """Also the biases of Qwen2's projections, which are whole on every device."""
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+  vision = VisionConfig(class_token=False, patch_bias=True, pre_norm=False)
+  config = ModelConfig(vision=vision, decoder=DecoderConfig(attention_bias=True), lora=LoraConfig(rank=8))
+  places = sharding.parameter_shardings(parameters.flatten(mllm.abstract(config))[1], mesh)
+  for path in ("decoder/layers/q_proj/bias", "decoder/layers/v_proj/bias", "vision/patch_embedding/bias"):
+    assert not any(places[path].spec)
+  assert "decoder/layers/o_proj/bias" not in places and "vision/class_embedding" not in places
 
 
 @pytest.mark.parametrize(

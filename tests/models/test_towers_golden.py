@@ -14,7 +14,7 @@ from mllm_jax.config import DecoderConfig, LoraConfig, VisionConfig
 from mllm_jax.models import lora
 from mllm_jax.models.decoder import Decoder, KVCache
 from mllm_jax.models.vision import VisionTower
-from mllm_jax.weights import clip, llama, mapping, peft
+from mllm_jax.weights import clip, llama, mapping, peft, siglip
 
 
 def test_clip_features():
@@ -27,6 +27,25 @@ def test_clip_features():
   np.testing.assert_allclose(images[0], pixels["clip.pixel_values"].transpose(1, 2, 0), rtol=0, atol=1e-6)
   features = released.jit(lambda tower, images: tower(images))(tower, images)
   released.check_close("clip", np.asarray(features), golden["out.select"], relative=0, floor=1e-5)
+
+
+def test_siglip_features():
+  golden, where = released.read("siglip_tiny"), "siglip_tiny.npz, config_json"
+  config = siglip.parse(json.loads(str(golden["config_json"])), where)
+  assert (config.grid, config.layers_used, config.width) == (24, 2, 32)
+  tower = nnx.eval_shape(lambda: VisionTower(config, dtype="float32", rngs=nnx.Rngs(0)))
+  tower = released.fill(tower, "vision/", siglip.table(config), released.group(golden, "w."))
+  images = released.read("img_wide640x360")["siglip.pixel_values"].transpose(1, 2, 0)[None]
+  rows = golden["out.rows"]
+  features = released.jit(lambda tower, images: tower(images))(tower, images)
+  released.check_close("siglip", np.asarray(features)[:, rows], golden["out.select"], relative=0, floor=1e-5)
+  # One colour's white is 1 and its black -1.
+  np.testing.assert_array_equal(
+    tower.normalise(np.array([0, 255], np.uint8)[:, None] * np.ones(3, np.uint8))[:, 0], [-1, 1]
+  )
+  embedded = tower.patch_embedding(images.reshape(1, 24, 16, 24, 16, 3).swapaxes(2, 3).reshape(1, 576, -1))
+  embedded = np.asarray(embedded + tower.position_embedding[...])[:, rows]
+  released.check_close("siglip embeddings", embedded, golden["hidden_0"], relative=0, floor=1e-5)
 
 
 @pytest.fixture(scope="module", params=["mha", "gqa2"])

@@ -246,6 +246,8 @@ def test_files_without_a_projector_or_without_its_maps():
     spatial.recognise({"model.layers.0.mlp.up_proj.weight": (2, 2)}, 24)
   with pytest.raises(WeightsError, match="conv_CM.weight.*conv_linear.1.weight"):
     spatial.recognise({"conv_CM.weight": (512, 1024, 12, 12), "conv_linear.1.weight": (4096, 512)}, 24)
+  with pytest.raises(WeightsError, match="tfm_5.norm.*; and 14 more$"):
+    spatial.recognise({f"tfm_{number}.norm.weight": (4,) for number in range(20)}, 24)
 
 
 LAYERS, RANK, ALPHA = 4, 4, 8.0
