@@ -200,7 +200,7 @@ def test_the_official_config_is_the_released_one(tokenizer_folders, tmp_path):
     assert (tmp_path / "llava-sp-lora" / name).read_bytes() == (tokenizer_folders["spm_new"] / name).read_bytes()
   assert "--model-base lmsys/vicuna-7b-v1.5" in readme and '"llava" and "lora"' in readme
   whole = official(tmp_path / "llava-sp", tokenizer_folders["json_new"])
-  assert "--model-base" not in whole and "tokenizer.model" in whole
+  assert "--model-path FOLDER" in whole and "--model-base" not in whole and "tokenizer.model" in whole
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_the_readme_says_what_the_released_code_has_not(tokenizer_folders, tmp_p
   source = tokenizer_folders["spm_new"]
   assert "no such variant" in official(tmp_path, source, with_projector(dfi_kernel=0, head_bias="always"))
   assert "a kernel of 8, not 16" in official(tmp_path, source, with_projector(dfi_kernel=8))
-  assert "Nothing" in official(tmp_path, source, with_projector(kind="mlp2x_gelu"))
+  assert "Nothing" in official(tmp_path, source, with_projector(kind="mlp2x_gelu"), "weights/vit-large")
   tower = VisionConfig(image_size=384, patch_size=16, class_token=False, patch_bias=True, pre_norm=False)
   assert literals(with_projector(tower)).encoder == "336"
   assert literals(with_projector(tower, maps="pooling")) is None
@@ -235,13 +235,15 @@ def test_what_the_released_code_would_not_load_is_refused(tokenizer_folders, tmp
   source = tokenizer_folders["spm_new"]
   with pytest.raises(ConfigError, match="no class for Qwen2"):
     official(tmp_path, source, ModelConfig(decoder=QWEN.decoder))
+  with pytest.raises(ConfigError, match="head_width=8"):
+    official(tmp_path, source, ModelConfig(decoder=VICUNA.decoder))
   with pytest.raises(ConfigError, match="CLIP towers only"):
     official(tmp_path, source, ModelConfig(vision=QWEN.vision, projector=VICUNA.projector))
   with pytest.raises(ConfigError, match="takes the tower for SigLIP"):
     official(tmp_path, source, vision="weights/vit-large")
   with pytest.raises(ConfigError, match="takes the tower for CLIP"):
     official(tmp_path, source, with_projector(QWEN.vision, stride=1, dfi_kernel=0), vision="weights/clip-like")
-  with pytest.raises(ConfigError, match="takes the tower for none"):
-    official(tmp_path, source, with_projector(kind="mlp2x_gelu"), vision="weights/clip")
+  with pytest.raises(ConfigError, match="vision_source is empty"):
+    official(tmp_path, source, vision="")
   with pytest.raises(ConfigError, match="int8"):
     official(tmp_path, source, dtype="int8")

@@ -85,7 +85,7 @@ def write_official(
   for name in TOKENIZER_FILES:
     if (source / name).is_file():
       shutil.copyfile(source / name, folder / name)
-  (folder / "README.md").write_text(readme(folder, model, source, vision_source, base_model, lora), encoding="utf-8")
+  (folder / "README.md").write_text(readme(model, source, vision_source, base_model, lora), encoding="utf-8")
 
 
 def refuse(model: ModelConfig, vision_source: str) -> None:
@@ -94,19 +94,27 @@ def refuse(model: ModelConfig, vision_source: str) -> None:
     raise ConfigError(
       "decoder.attention_bias: the released code has no class for Qwen2; export to transformers instead"
     )
+  if model.decoder.head_width * model.decoder.heads != model.decoder.width:
+    raise ConfigError(
+      f"decoder.head_width={model.decoder.head_width}: transformers {TRANSFORMERS_VERSION}, which the released code is "
+      "pinned to, knows no heads of another width than the decoder's by their number; export to transformers instead"
+    )
   spatial, clip = model.projector.kind == "spatial", family(model.vision) == "clip"
   if not clip and not spatial:
     raise ConfigError("LLaVA 1.5's released code loads CLIP towers only; export to transformers instead")
-  taken_for_clip = vision_source.startswith(("openai", "laion")) or "ShareGPT4V" in vision_source
-  if spatial:
-    taken_for_clip |= "clip" in vision_source
-  else:
-    taken_for_clip |= Path(vision_source).is_absolute()
-  if clip != taken_for_clip:
+  if not vision_source:
     raise ConfigError(
-      f"vision_source={vision_source!r}: by this name the released code takes the tower for "
-      f"{'CLIP' if taken_for_clip else 'none that it knows' if not spatial else 'SigLIP'}; name it "
-      + ("openai/clip-vit-large-patch14-336 or by an absolute path with 'clip' in it" if clip else "without 'clip'")
+      "vision_source is empty: the released code loads the tower from its own folder; name that or its hub repository, "
+      "such as openai/clip-vit-large-patch14-336"
+    )
+  # LLaVA 1.5's code takes every folder that exists for CLIP's.
+  taken_for_clip = vision_source.startswith(("openai", "laion")) or any(
+    part in vision_source for part in ("clip", "ShareGPT4V")
+  )
+  if spatial and clip != taken_for_clip:
+    raise ConfigError(
+      f"vision_source={vision_source!r}: by this name the released code of LLaVA-SP takes the tower for "
+      f"{'CLIP' if taken_for_clip else 'SigLIP'}; give its folder a name {'with' if clip else 'without'} 'clip' in it"
     )
 
 
@@ -154,7 +162,7 @@ def literals(model: ModelConfig) -> Literals | None:
   return found if released and whole_map else None
 
 
-def readme(folder: Path, model: ModelConfig, llm_folder: Path, vision_source: str, base_model: str, lora: bool) -> str:
+def readme(model: ModelConfig, llm_folder: Path, vision_source: str, base_model: str, lora: bool) -> str:
   """What to set in the released code, and the command that asks the model."""
   code = "LLaVA-SP (github.com/CnFaker/LLaVA-SP)" if model.projector.kind == "spatial" else "LLaVA 1.5"
   needed = '"llava" and "lora"' if lora else '"llava"'
@@ -170,7 +178,7 @@ def readme(folder: Path, model: ModelConfig, llm_folder: Path, vision_source: st
     "",
     "## Asking it",
     "",
-    f"The code finds the kind of model in the folder's name, which must contain {needed}.",
+    f"FOLDER is this folder. The code finds the kind of model in its name, which must contain {needed}.",
   ]
   if not lora and not (llm_folder / "tokenizer.model").is_file():
     lines.append(
@@ -179,7 +187,7 @@ def readme(folder: Path, model: ModelConfig, llm_folder: Path, vision_source: st
   lines += [
     "",
     "```",
-    f"python -m llava.eval.model_vqa_loader --model-path {folder.absolute()} \\",
+    "python -m llava.eval.model_vqa_loader --model-path FOLDER \\",
     *([f"  --model-base {base_model} \\"] if lora else []),
     "  --question-file questions.jsonl --image-folder images --answers-file answers.jsonl \\",
     "  --temperature 0 --conv-mode vicuna_v1",
