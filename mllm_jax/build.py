@@ -1,10 +1,9 @@
-"""From a recipe to a model: architectures out of folders, frozen weights, fresh or trained projectors and adapters.
+"""From a recipe, a run's folder or anybody's checkpoint to a model: architectures, parameters on the mesh, processors.
 
 The trainer and everything that uses a trained model build it here, so that they cannot disagree.
 """
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mllm_jax import parameters, sharding
 from mllm_jax.config import (
   Config,
   ConfigError,
+  DataConfig,
   LoraConfig,
   MeshConfig,
   ModelConfig,
@@ -29,24 +29,36 @@ from mllm_jax.data.chat import load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm, abstract
-from mllm_jax.weights import clip, llama, mapping, mlp, spatial
-from mllm_jax.weights.io import open_weights
-from mllm_jax.weights.known import lookup
+from mllm_jax.weights import assemble, folder, places
+from mllm_jax.weights.fingerprint import fingerprint
+from mllm_jax.weights.known import WeightsError, lookup
+from mllm_jax.weights.mapping import place
+from mllm_jax.weights.recognise import Found, Part, recognise
+from mllm_jax.weights.tensors import Cast, Chosen, InMemory, Joined
 
 STAGES = ("pretrain", "finetune")
+RUN_CONFIG = "config.json"  # in the folder of a training run
+FINISHED_MODEL = "model"  # where a run leaves its finished model
+DEFAULT_LENGTH = DataConfig().max_length
+
+
+# ---- for the trainer ---------------------------------------------------------------------------------------------------
 
 
 def architecture(recipe: ModelRecipe, lora: LoraConfig) -> ModelConfig:
-  """The full configuration of a model: each tower's from its folder's config.json, or, where the folder is not there
-  yet but has the name of a published checkpoint, that checkpoint's. Raises WeightsError where neither is known."""
+  """The full configuration of a model: each tower's from its checkpoint, or, where that is not there yet but has the
+  name of a published one, that one's. Raises WeightsError where neither is known."""
 
-  def read(folder: str, reader):
-    known = lookup(folder)
-    return known.config if known is not None and not Path(folder).is_dir() else reader(folder)
+  def read(path: str, name: str):
+    known = lookup(path)
+    if known is not None and not places.exists(path):
+      return known.config
+    found, part = part_of(path, name)
+    return assemble.vision_config(found, part, found) if name == "vision" else part.config
 
   return ModelConfig(
-    vision=read(recipe.vision, clip.read_config),
-    decoder=read(recipe.llm, llama.read_config),
+    vision=read(recipe.vision, "vision"),
+    decoder=read(recipe.llm, "decoder"),
     projector=recipe.projector,
     lora=lora,
     dtype=recipe.dtype,
@@ -54,15 +66,38 @@ def architecture(recipe: ModelRecipe, lora: LoraConfig) -> ModelConfig:
   )
 
 
-def make_processor(model: ModelConfig, stage: StageConfig, llm_folder: str) -> Processor:
+def part_of(path: str, name: str) -> tuple[Found, Part]:
+  """The part `name` of the checkpoint at a path. Raises WeightsError where it has none."""
+  found = recognise(path)
+  if name not in found.parts:
+    raise WeightsError(f"{path} is a {found.family} and holds no {name}; it has {', '.join(found.parts)}")
+  if name == "decoder" and "lora" in found.parts:
+    raise WeightsError(
+      f"{path} has an adapter beside its language model; fold it in first: "
+      f"python -m mllm_jax.convert import --model={path} --merge --out=FOLDER"
+    )
+  return found, found.parts[name]
+
+
+def tokenizer_folder(llm: str) -> str:
+  """The local folder with the tokenizer of a language model. Raises WeightsError where it has none."""
+  found, _ = part_of(llm, "decoder")
+  if not found.tokenizer:
+    raise WeightsError(
+      f"{llm} holds no tokenizer; looked for {', '.join(folder.TOKENIZER_FILES)}; copy the language model's there"
+    )
+  return found.tokenizer
+
+
+def make_processor(model: ModelConfig, tokenizer: str, data: DataConfig) -> Processor:
   """What turns this model's conversations and images into rows."""
   return Processor(
-    load_tokenizer(llm_folder),
+    load_tokenizer(tokenizer),
     model.vision,
     projectors.tokens_per_crop(model),
-    stage.data.template,
-    stage.data.max_length,
-    stage.data.max_images,
+    data.template,
+    data.max_length,
+    data.max_images,
   )
 
 
@@ -74,37 +109,26 @@ def load_parameters(
   mesh: Mesh,
   given: dict[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
-  """Every parameter by path, on the mesh: the towers from their folders, the projector and the adapters from `given`,
-  from `recipe.projector_weights`, or freshly initialised. What is trained is float32, the rest of type
+  """Every parameter by path, on the mesh: the towers from their checkpoints, the projector and the adapters from
+  `given`, from `recipe.projector_weights`, or freshly initialised. What is trained is float32, the rest of type
   `recipe.frozen_dtype`."""
-  graphdef, shapes = parameters.flatten(abstract(config))
-  del graphdef
-  places = sharding.parameter_shardings(shapes, mesh)
-  frozen_dtype = jnp.dtype(recipe.frozen_dtype)
-  targets = {
-    path: jax.ShapeDtypeStruct(
-      shape.shape, jnp.float32 if learning_rates[path] else frozen_dtype, sharding=places[path]
-    )
-    for path, shape in shapes.items()
-  }
+  shapes = parameters.flatten(abstract(config))[1]
+  dtype = lambda path: jnp.float32 if learning_rates[path] else jnp.dtype(recipe.frozen_dtype)
+  targets = placed({path: (shape.shape, dtype(path)) for path, shape in shapes.items()}, mesh)
   flat = dict(given or {})
-  pick = lambda keep: {path: target for path, target in targets.items() if path not in flat and keep(path)}
+  parts = {"vision": config.vision, "decoder": config.decoder, "projector": config.projector}
+  for name, path in (("vision", recipe.vision), ("decoder", recipe.llm), ("projector", recipe.projector_weights)):
+    wanted = {key: target for key, target in targets.items() if key not in flat and assemble.belongs(key) == name}
+    if path and wanted:
+      flat |= place(assemble.part_tensors(name, part_of(path, name)[1], parts), wanted)
+  return flat | initialise(config, {path: target for path, target in targets.items() if path not in flat}, seed)
 
-  flat |= mapping.load(
-    open_weights(recipe.vision), clip.table(config.vision), pick(lambda path: path.startswith("vision/"))
-  )
-  flat |= mapping.load(
-    open_weights(recipe.llm),
-    llama.table(config.decoder),
-    pick(lambda path: path.startswith("decoder/") and "/lora/" not in path),
-  )
-  wanted = pick(lambda path: path.startswith("projector/"))
-  if recipe.projector_weights and wanted:
-    table = (
-      mlp.table() if config.projector.kind == "mlp2x_gelu" else spatial.table(config.projector, config.vision.grid)
-    )
-    flat |= mapping.load(open_weights(recipe.projector_weights), table, wanted)
-  return flat | initialise(config, pick(lambda path: True), seed)
+
+def placed(arrays: dict[str, tuple], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Targets by path, laid out by the sharding rules, from (shape, type) by path."""
+  bare = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in arrays.items()}
+  shardings = sharding.parameter_shardings(bare, mesh)
+  return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in bare.items()}
 
 
 def initialise(config: ModelConfig, targets: dict[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, jax.Array]:
@@ -121,26 +145,25 @@ def initialise(config: ModelConfig, targets: dict[str, jax.ShapeDtypeStruct], se
   return jax.jit(make, out_shardings=out_shardings)(jax.random.key(seed))
 
 
-def fingerprint(folder: str) -> str:
-  """Tells two checkpoints apart without reading them whole: a hash of the names and sizes of a folder's weight files
-  and configuration, and of 16 blocks of 64 KiB spread over each."""
-  digest = hashlib.sha256()
-  path = Path(folder)
-  files = (
-    [path]
-    if path.is_file()
-    else sorted(
-      file for file in path.iterdir() if file.suffix in (".safetensors", ".bin") or file.name == "config.json"
-    )
-  )
-  for file in files:
-    size = file.stat().st_size
-    digest.update(f"{file.name} {size}\n".encode())
-    with open(file, "rb") as content:
-      for part in range(16):
-        content.seek(size * part // 16)
-        digest.update(content.read(2**16))
-  return digest.hexdigest()[:16]
+def fingerprints(recipe: ModelRecipe) -> dict[str, str]:
+  """Of the frozen halves: {"vision": ..., "llm": ...}."""
+  return {
+    "vision": fingerprint(part_of(recipe.vision, "vision")[1].weights),
+    "llm": fingerprint(part_of(recipe.llm, "decoder")[1].weights),
+  }
+
+
+def check_fingerprints(meta: dict[str, Any], recipe: ModelRecipe, where: str) -> None:
+  """Raises ConfigError where a checkpoint was trained on other frozen weights than the folders now hold."""
+  for name, value in fingerprints(recipe).items():
+    if meta["fingerprints"][name] != value:
+      raise ConfigError(
+        f"{where} was trained on other weights than {getattr(recipe, name)} holds now "
+        f"({meta['fingerprints'][name]}, now {value}); put the weights back or use another --workdir"
+      )
+
+
+# ---- a trained model ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,60 +177,133 @@ class Restored:
   step: int
 
 
+def is_run(path: str) -> bool:
+  """Whether a path is the folder of a training run."""
+  file = Path(path) / RUN_CONFIG
+  if places.is_remote(path) or not file.is_file():
+    return False
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError:
+    return False
+  return isinstance(content, dict) and set(STAGES) <= set(content)
+
+
 def read_config(workdir: str) -> Config:
   """The configuration of the run in a folder. Raises ConfigError where there is none."""
-  path = Path(workdir) / "config.json"
+  path = Path(workdir) / RUN_CONFIG
   if not path.is_file():
-    raise ConfigError(f"{workdir}: no config.json; name the --workdir of a training run")
+    raise ConfigError(f"{workdir}: no {RUN_CONFIG}; name the --workdir of a training run")
   try:
     return from_dict(Config, json.loads(path.read_text(encoding="utf-8")))
   except json.JSONDecodeError as error:
     raise ConfigError(f"{path} is not JSON ({error}); it was written by the trainer and must not be edited") from error
 
 
-def restore(workdir: str, mesh: Mesh | None = None) -> Restored:
-  """The model of the last stage that has a checkpoint in `workdir`, and its processor.
+def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
+  """The model of the last stage that has a checkpoint in a run's folder: the frozen halves where they were, and what
+  was trained, read into the host's memory.
 
   Raises ConfigError where there is no run or no checkpoint, WeightsError where the towers are not where they were.
   """
   from mllm_jax.training.checkpoint import Checkpoints  # imports orbax, which takes a second
 
   config = read_config(workdir)
-  mesh = mesh or sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
   for name in reversed(STAGES):
-    folder = Path(workdir) / name / "checkpoints"
-    checkpoints = Checkpoints(folder) if folder.is_dir() else None
+    checkpoints_folder = Path(workdir) / name / "checkpoints"
+    checkpoints = Checkpoints(checkpoints_folder) if checkpoints_folder.is_dir() else None
     if checkpoints is None or checkpoints.latest() is None:
       continue
     step, stage = checkpoints.latest(), getattr(config, name)
-    model_config = architecture(config.model, stage.lora)
-    graphdef, shapes = parameters.flatten(abstract(model_config))
+    check_fingerprints(checkpoints.meta(step), config.model, str(checkpoints_folder))
+    model = architecture(config.model, stage.lora)
+    shapes = parameters.flatten(abstract(model))[1]
     rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
-    places = sharding.parameter_shardings(shapes, mesh)
-    like = {
-      path: jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=places[path])
-      for path, shape in shapes.items()
-      if rates[path]
-    }
-    check_fingerprints(checkpoints.meta(step), config.model, str(folder))
-    flat = load_parameters(model_config, config.model, rates, 0, mesh, checkpoints.restore_trainable(step, like))
-    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, template=config.finetune.data.template))
-    return Restored(
-      parameters.unflatten(graphdef, flat), make_processor(model_config, stage, config.model.llm), config, name, step
-    )
+    trained = checkpoints.read_trainable(step, {path: shapes[path] for path in shapes if rates[path]})
+    checkpoints.close()
+    parts = {"vision": model.vision, "decoder": model.decoder, "projector": model.projector}
+    tensors, sources = [InMemory(trained)], {}
+    for part, path in (
+      ("vision", config.model.vision),
+      ("decoder", config.model.llm),
+      ("projector", config.model.projector_weights),
+    ):
+      paths = [key for key in shapes if key not in trained and assemble.belongs(key) == part]
+      if paths:
+        found, stored = part_of(path, part)
+        frozen = assemble.part_tensors(part, stored, parts)
+        tensors.append(Cast(Chosen(frozen, paths), jnp.dtype(config.model.frozen_dtype)))
+        sources[part] = {"path": path, "family": found.family, "fingerprint": fingerprint(stored.weights)}
+    if stage.lora.rank:
+      parts["lora"] = stage.lora
+    run = {"name": config.name, "stage": name, "step": step}
+    manifest = folder.Manifest(parts, config.finetune.data.template, sources, run)
+    ordered = Chosen(Joined(*tensors), list(shapes))
+    return assemble.StoredModel(manifest, ordered, tokenizer_folder(config.model.llm)), config
   raise ConfigError(f"{workdir}: no checkpoint yet; train first, or wait for the first one")
 
 
-def fingerprints(recipe: ModelRecipe) -> dict[str, str]:
-  """Of the frozen halves: {"vision": ..., "llm": ...}."""
-  return {"vision": fingerprint(recipe.vision), "llm": fingerprint(recipe.llm)}
+def restore(workdir: str, mesh: Mesh | None = None) -> Restored:
+  """The model of the last stage that has a checkpoint in `workdir`, and its processor. Raises as `open_run`."""
+  stored, config = open_run(workdir)
+  run = stored.manifest.run
+  model = put(stored, stored.config(config.model.dtype), mesh, None)
+  data = dataclasses.replace(getattr(config, run["stage"]).data, template=stored.manifest.template)
+  return Restored(model, make_processor(model.config, stored.tokenizer, data), config, run["stage"], run["step"])
 
 
-def check_fingerprints(meta: dict[str, Any], recipe: ModelRecipe, where: str) -> None:
-  """Raises ConfigError where a checkpoint was trained on other frozen weights than the folders now hold."""
-  for name, value in fingerprints(recipe).items():
-    if meta["fingerprints"][name] != value:
-      raise ConfigError(
-        f"{where} was trained on other weights than {getattr(recipe, name)} holds now "
-        f"({meta['fingerprints'][name]}, now {value}); put the weights back or use another --workdir"
-      )
+def open_any(path: str, **others: str) -> assemble.StoredModel:
+  """The model at a path: a folder that this project wrote, a training run's, or a checkpoint of any family that
+  `weights.recognise` knows. `others` are those of `assemble.open_model`; they replace parts."""
+  if is_run(path):
+    finished = Path(path) / FINISHED_MODEL
+    if not (finished / folder.MANIFEST).is_file():
+      given = ", ".join(name for name, value in others.items() if value)
+      if given:
+        raise WeightsError(f"{path} is a training run, whose parts are settled; leave out {given}")
+      return open_run(path)[0]
+    path = str(finished)
+  return assemble.open_model(path, **others)
+
+
+def load(
+  path: str,
+  mesh: Mesh | None = None,
+  dtype: str | None = None,
+  *,
+  vision: str = "",
+  llm: str = "",
+  projector: str = "",
+  adapter: str = "",
+  template: str = "",
+) -> tuple[Mllm, Processor]:
+  """A model and the processor that makes its batches.
+
+  Args:
+    path: a folder that `mllm_jax.convert` or the trainer made, a training run's folder, or a checkpoint of any family
+      that `python -m mllm_jax.convert import --help` lists; local, or remote as gs://...
+    mesh: where it shall lie, by the rules of `mllm_jax.sharding`; None: on the first device of this process.
+    dtype: of parameters and computation, "bfloat16" or "float32"; None: as stored, float16 as bfloat16.
+    vision, llm, projector, adapter: checkpoints of parts that `path` does not hold, or in place of its own.
+    template: of conversations, where the checkpoint does not say.
+
+  Raises WeightsError, ConfigError or DataError that names what is missing or does not fit.
+  """
+  others = dict(vision=vision, llm=llm, projector=projector, adapter=adapter, template=template)
+  stored = open_any(str(path), **others)
+  if not stored.tokenizer:
+    raise WeightsError(
+      f"{path} holds no tokenizer; name the language model's folder (llm=...) or copy its tokenizer there"
+    )
+  model = put(stored, stored.config(dtype or ""), mesh, dtype)
+  data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH)
+  return model, make_processor(model.config, stored.tokenizer, data)
+
+
+def put(stored: assemble.StoredModel, config: ModelConfig, mesh: Mesh | None, dtype: str | None) -> Mllm:
+  """A stored model on a mesh. `dtype` is of the parameters; None: as stored, float16 as bfloat16."""
+  mesh = mesh or sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+  graphdef, shapes = parameters.flatten(abstract(config))
+  kept = lambda path: jnp.bfloat16 if stored.tensors.dtype(path) == jnp.float16 else stored.tensors.dtype(path)
+  arrays = {path: (x.shape, jnp.dtype(dtype) if dtype else kept(path)) for path, x in shapes.items()}
+  return parameters.unflatten(graphdef, place(stored.tensors, placed(arrays, mesh)))

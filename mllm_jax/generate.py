@@ -1,13 +1,16 @@
-"""Ask a trained model about pictures: python -m mllm_jax.generate --workdir=DIR --image=FILE --prompt="..."
+"""Ask a model about pictures: python -m mllm_jax.generate --model=DIR --image=FILE --prompt="..."
 
 The answer, and nothing else, goes to standard output while it is made; notes and errors go to standard error. Exit
 status: 0 after an answer, 2 for anything that the caller can put right, 130 when interrupted.
+
+From Python the module itself is called: `mllm_jax.generate(model, processor, "What is this?", ["cat.jpg"])`.
 """
 
 import argparse
 import os
 import sys
 import time
+import types
 from collections.abc import Sequence
 
 from mllm_jax.config import ConfigError
@@ -19,9 +22,9 @@ from mllm_jax.weights.known import WeightsError
 # jax and the tokenizers are imported where they are used, so that a mistyped argument is answered at once.
 
 EXAMPLES = """examples:
-  python -m mllm_jax.generate --workdir=runs/digits --image=scene.png --prompt="How many digits are there?"
-  python -m mllm_jax.generate --workdir=runs/sp --image=a.jpg --image=b.jpg --prompt="What differs between the two?"
-  python -m mllm_jax.generate --workdir=runs/sp --image=a.jpg --prompt="Tell a story." --temperature=0.7 --top_p=0.9
+  python -m mllm_jax.generate --model=runs/digits --image=scene.png --prompt="How many digits are there?"
+  python -m mllm_jax.generate --model=runs/sp --image=a.jpg --image=b.jpg --prompt="What differs between the two?"
+  python -m mllm_jax.generate --model=runs/sp --image=a.jpg --prompt="Tell a story." --temperature=0.7 --top_p=0.9
 """
 
 
@@ -36,13 +39,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line, `sampling` made of three of its values. Exits with status 2 where one is out of range."""
   parser = Parser(
     prog="python -m mllm_jax.generate",
-    description="Ask a trained model about pictures.",
+    description="Ask a model about pictures.",
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
   parser.add_argument(
-    "--workdir", required=True, metavar="DIR", help="folder of a training run with a checkpoint in it"
+    "--model",
+    "--workdir",
+    required=True,
+    metavar="DIR",
+    help="a training run's folder, a model made by mllm_jax.convert, or a checkpoint that it can import",
   )
   parser.add_argument(
     "--image",
@@ -85,8 +92,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.error(f"--max_new_tokens is {args.max_new_tokens}; it must be at least 1")
   if not 0 <= args.seed < 2**32:
     parser.error(f"--seed is {args.seed}; it must lie between 0 and 2**32 - 1")
-  if not os.path.isdir(args.workdir):
-    parser.error(f"--workdir {args.workdir}: no such folder; name the --workdir of a training run")
+  if "://" not in args.model and not os.path.isdir(args.model):
+    parser.error(f"--model {args.model}: no such folder; name a training run's --workdir, or a model's folder")
   try:
     args.sampling = Sampling(args.temperature, args.top_p, args.top_k)
   except ValueError as error:
@@ -123,20 +130,17 @@ def answer(args: argparse.Namespace) -> None:
   pictures = [load_picture(path) for path in args.images]
   question = Turn("human", with_placeholders(args.prompt, len(pictures)))
 
-  from mllm_jax.build import restore
+  from mllm_jax.build import load
   from mllm_jax.data.processor import collate
   from mllm_jax.inference.engine import Engine
   from mllm_jax.inference.text import Detokenizer
 
   start = time.perf_counter()
-  restored = restore(args.workdir)
-  processor = restored.processor
+  model, processor = load(args.model)
+  processor = processor.with_room(len(pictures))
   batch = collate([processor.prompt([question], pictures)])
-  note(
-    f"{args.workdir}: model of the stage {restored.stage}, read in {time.perf_counter() - start:.1f} s; "
-    "the first token waits for compilation"
-  )
-  engine = Engine(restored.model, processor.tokenizer.eos_id)
+  note(f"{args.model}: read in {time.perf_counter() - start:.1f} s; the first token waits for compilation")
+  engine = Engine(model, processor.tokenizer.eos_id)
   text = Detokenizer(processor.tokenizer.decode)
   count = 0
   for count, token in enumerate(engine.stream(batch, args.max_new_tokens, args.sampling, args.seed), start=1):
@@ -144,6 +148,54 @@ def answer(args: argparse.Namespace) -> None:
   print(text.finish(), flush=True)
   if count == args.max_new_tokens:
     note(f"the answer was cut off after --max_new_tokens={count}")
+
+
+def generate(
+  model,
+  processor,
+  prompts: str | Sequence,
+  images: Sequence | None = None,
+  *,
+  max_new_tokens: int = 128,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  top_k: int = 0,
+  seed: int = 0,
+  mesh=None,
+) -> str | list[str]:
+  """Answers from a model that `mllm_jax.load` gave.
+
+  Args:
+    model, processor: as `mllm_jax.load` returns them.
+    prompts: one question, or a list of conversations as `Processor.__call__` takes them.
+    images: for one question its pictures (paths or PIL images); for a list, a list of pictures for each.
+    max_new_tokens, temperature, top_p, top_k, seed: as on the command line; greedy by default.
+    mesh: the mesh that the model lies on, where it lies on several devices.
+
+  Returns the answer, or a list of them. Raises DataError for prompts and pictures that do not match or cannot be read,
+  ValueError for a number out of its range.
+  """
+  from mllm_jax.inference.engine import Engine
+  from mllm_jax.inference.text import Detokenizer
+
+  single = isinstance(prompts, str)
+  batch = processor([prompts], [images or []]) if single else processor(prompts, images)
+  engine = Engine(model, processor.tokenizer.eos_id, mesh=mesh)
+  answers = engine.generate(batch, max_new_tokens, Sampling(temperature, top_p, top_k), seed)
+  texts = []
+  for ids in answers:
+    text = Detokenizer(processor.tokenizer.decode)
+    texts.append(("".join(map(text.push, ids)) + text.finish()).strip())
+  return texts[0] if single else texts
+
+
+class _Callable(types.ModuleType):
+  """This module, so that `mllm_jax.generate` is both the function and the command's home."""
+
+  __call__ = staticmethod(generate)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 def note(message: str) -> None:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig
+from mllm_jax.weights import places
 from mllm_jax.weights.known import lookup
 
 # Published data sets by the name of their annotation file: how to get the file, and how to get the pictures.
@@ -61,13 +62,13 @@ def missing_files(config: Config) -> list[Missing]:
   """Every file and folder that the run names and that is not there."""
   found = []
   for field, folder, kind in (
-    ("model.vision", config.model.vision, "a Hugging Face folder of a CLIP vision tower"),
-    ("model.llm", config.model.llm, "a Hugging Face folder of a Llama-type language model"),
+    ("model.vision", config.model.vision, "a folder with a CLIP or SigLIP vision tower, or with a model that has one"),
+    ("model.llm", config.model.llm, "a folder with a Llama or Qwen2 language model, or with a model that has one"),
   ):
     known = lookup(folder)
-    if not Path(folder).is_dir():
+    if not places.is_dir(folder):
       found.append(Missing(field, folder, known.command(folder) if known else f"set {field} to {kind}"))
-  if config.model.projector_weights and not Path(config.model.projector_weights).exists():
+  if config.model.projector_weights and not places.exists(config.model.projector_weights):
     found.append(
       Missing("model.projector_weights", config.model.projector_weights, "name a released projector's file, or none")
     )
@@ -98,7 +99,7 @@ def explain_missing(missing: list[Missing], config_file: str) -> str:
   for item in missing:
     lines += [
       f"  {item.field} = {item.path or '(empty)'}",
-      f"      looked in  {Path(item.path).absolute()}" if item.path else "",
+      f"      looked in  {item.path if '://' in item.path else Path(item.path).absolute()}" if item.path else "",
       f"      to get it  {item.remedy}",
       "",
     ]

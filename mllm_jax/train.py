@@ -114,7 +114,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
 
   # ---- data ----------------------------------------------------------------------------------------------------------
   model_config = build.architecture(config.model, stage.lora)
-  processor = build.make_processor(model_config, stage, config.model.llm)
+  processor = build.make_processor(model_config, build.tokenizer_folder(config.model.llm), stage.data)
   batches = load_data(config, stage, processor)
 
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------

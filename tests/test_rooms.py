@@ -14,7 +14,7 @@ ALLOWED = {
   "sharding": {"batch", "config"},
   "models": {"batch", "config", "sharding"},
   "data": {"batch", "config"},
-  "weights": {"config", "models"},
+  "weights": {"config", "data", "models", "parameters"},
   "training": {"batch", "config", "data", "models", "parameters", "sharding"},
   "inference": {"batch", "config", "data", "models", "sharding"},
   "report": {"config", "data", "inference"},
@@ -23,6 +23,8 @@ ALLOWED = {
   "preflight": {"config", "weights"},
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "sharding", "training", "weights"},
+  "inspection": {"batch", "build", "config", "models", "parameters", "weights"},
+  "convert": {"build", "config", "data", "inspection", "training", "weights"},
   "generate": {"build", "config", "data", "inference", "training", "weights"},
   "train": {
     "build",

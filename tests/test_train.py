@@ -183,7 +183,7 @@ def test_a_missing_recipe(folder, capsys):
 def test_a_folder_that_is_no_hugging_face_model(folder, capsys):
   (folder / "empty").mkdir(exist_ok=True)
   assert f"{folder / 'empty'}" in fail(capsys, folder, f"--config.model.llm={folder / 'empty'}")
-  assert "model_type" in fail(capsys, folder, f"--config.model.llm={folder / 'clip'}")
+  assert "is a CLIP vision tower and holds no decoder" in fail(capsys, folder, f"--config.model.llm={folder / 'clip'}")
 
 
 def broken_data(folder: Path, change) -> str:
@@ -269,4 +269,4 @@ def test_generate_answers_from_a_workdir(finished, folder):
     subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True) for _ in range(2)
   )
   assert first.returncode == 0, first.stderr
-  assert first.stdout == second.stdout and "stage finetune" in first.stderr
+  assert first.stdout == second.stdout and "read in" in first.stderr

@@ -1,6 +1,8 @@
 """Processor: a conversation and its images become one row. Training and inference share it and so cannot differ."""
 
-from collections.abc import Iterable, Sequence
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from mllm_jax.batch import Batch
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import chat, images, layout
-from mllm_jax.data.records import DataError, Sample, Turn
+from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Sample, Turn
 
 
 class Row(NamedTuple):
@@ -104,6 +106,52 @@ class Processor:
     pixels, grids = self._pixels([images.to_rgb(picture) for picture in pictures])
     return Row(*layout.pad(places, length), pixels, grids)
 
+  def __call__(
+    self, conversations: Sequence, images: Sequence[Sequence] | None = None, max_length: int | None = None
+  ) -> Batch:
+    """Conversations and their pictures as a Batch [B, ...] of NumPy arrays.
+
+    Args:
+      conversations: for each row a question, or its turns: `Turn`s, or dictionaries as in LLaVA's files ({"from",
+        "value"}) or as in chat APIs ({"role", "content"}). Human and model alternate, human first. One that ends with
+        a human turn waits for its answer; one that ends with the model's is a training row. `<image>` stands for a
+        picture in the human turns; without any, the pictures come first.
+      images: for each row its pictures, as paths or PIL images; None for none.
+      max_length: places of every row; None makes them as long as the longest.
+
+    Raises:
+      DataError: names the row: turns, placeholders and pictures do not match, or it is longer than max_length.
+    """
+    pictures_of = [[] for _ in conversations] if images is None else images
+    if len(pictures_of) != len(conversations):
+      raise DataError(f"{len(conversations)} conversations and pictures for {len(pictures_of)}; give one list for each")
+    roomy = self.with_room(max([len(pictures) for pictures in pictures_of], default=0))
+    rows = []
+    for number, (conversation, pictures) in enumerate(zip(conversations, pictures_of)):
+      try:
+        turns = as_turns(conversation, len(pictures))
+        rows.append(roomy._conversation(turns, [as_picture(picture) for picture in pictures], max_length))
+      except DataError as error:
+        raise DataError(f"conversation {number}: {error}") from error
+    length = max(len(row.tokens) for row in rows)
+    return collate([pad_row(row, max_length or length) for row in rows])
+
+  def with_room(self, n_images: int) -> "Processor":
+    """The same processor for rows with exactly as many crops as `n_images` pictures need, at least one."""
+    roomy = copy.copy(self)
+    roomy.max_images = max(1, n_images)
+    return roomy
+
+  def _conversation(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], max_length: int | None) -> Row:
+    """A prompt, or a training row, as long as it is."""
+    if turns[-1].role == "human":
+      return self.prompt(turns, pictures, max_length)
+    encoded = chat.encode(turns, self.template, self.tokenizer, len(pictures))
+    places = layout.expand(encoded, [self.tokens_per_image] * len(pictures))
+    if max_length is not None and len(places.tokens) > max_length:
+      raise DataError(f"it takes {len(places.tokens)} places and there are {max_length}; raise max_length")
+    return Row(*places, *self._pixels([images.to_rgb(picture) for picture in pictures]))
+
   def _check_room(self, n_images: int) -> None:
     if n_images > self.max_images:
       raise DataError(f"{n_images} images, and a row has room for {self.max_images}; raise data.max_images")
@@ -126,6 +174,47 @@ class Processor:
       f"no trained-on token is left in {self.max_length} places ({text} text and {visual} visual tokens); "
       "raise data.max_length or take the sample out"
     )
+
+
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+
+def as_turns(conversation: str | Sequence, n_images: int) -> list[Turn]:
+  """Turns out of what `Processor.__call__` takes, with a placeholder for each picture in front if there is none.
+
+  Raises:
+    DataError: an empty conversation, a turn of another form, or a role that is not human's or the model's.
+  """
+  turns = []
+  for turn in [{"from": "human", "value": conversation}] if isinstance(conversation, str) else conversation:
+    if isinstance(turn, Turn):
+      role, text = turn.role, turn.text
+    elif isinstance(turn, Mapping):
+      role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    else:
+      role = text = None
+    if role not in ROLES or not isinstance(text, str):
+      raise DataError(
+        f"{str(turn)[:80]!r} is no turn; use {{'from': 'human' or 'gpt', 'value': text}} or {{'role': 'user' or "
+        "'assistant', 'content': text}"
+      )
+    turns.append(Turn(ROLES[role], text))
+  if not turns:
+    raise DataError("it has no turns")
+  if not any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "human"):
+    turns[0] = Turn(turns[0].role, f"{IMAGE_PLACEHOLDER}\n" * n_images + turns[0].text)
+  return turns
+
+
+def as_picture(picture: str | os.PathLike | Image.Image) -> Image.Image:
+  """A picture from a file, or as it is. Raises DataError where the file cannot be read."""
+  return picture if isinstance(picture, Image.Image) else images.load(os.fspath(picture))
+
+
+def pad_row(row: Row, length: int) -> Row:
+  """A row with padding on the right up to `length` places."""
+  places = layout.RowArrays(*row[: len(layout.RowArrays._fields)])
+  return Row(*layout.pad(places, length), row.pixels, row.grids)
 
 
 def collate(rows: Iterable[Row]) -> Batch:

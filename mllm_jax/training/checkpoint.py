@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mllm_jax.training.step import TrainState
@@ -87,6 +88,20 @@ class Checkpoints:
     )
     with self._explained():
       return ocp.PyTreeCheckpointer().restore(self.folder / str(step) / "state", args=args)["trainable"]
+
+  def read_trainable(self, step: int, like: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The same, as arrays in the host's memory; of `like` only the shapes count."""
+    args = ocp.args.PyTreeRestore(
+      item={"trainable": like},
+      partial_restore=True,
+      restore_args={"trainable": {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in like}},
+    )
+    with self._explained():
+      found = ocp.PyTreeCheckpointer().restore(self.folder / str(step) / "state", args=args)["trainable"]
+    wrong = [f"{path} is {found[path].shape}, not {x.shape}" for path, x in like.items() if found[path].shape != x.shape]
+    if wrong:
+      raise CheckpointError(f"{self.folder}: step {step} is of another model: {', '.join(wrong[:6])}")
+    return found
 
   def close(self) -> None:
     self.manager.close()

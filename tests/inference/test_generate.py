@@ -24,15 +24,15 @@ def picture(tmp_path):
 
 
 @pytest.fixture
-def restored(tiny, processor, monkeypatch):
-  """Lets `restore` give the tiny model."""
+def loaded(tiny, processor, monkeypatch):
+  """Lets `load` give the tiny model."""
   module = types.ModuleType("mllm_jax.build")
-  module.restore = lambda workdir: types.SimpleNamespace(model=tiny, processor=processor, stage="finetune")
+  module.load = lambda path: (tiny, processor)
   monkeypatch.setitem(sys.modules, "mllm_jax.build", module)
   return module
 
 
-def test_prints_the_answer_and_nothing_else(restored, picture, tmp_path, tiny, processor, capsys):
+def test_prints_the_answer_and_nothing_else(loaded, picture, tmp_path, tiny, processor, capsys):
   assert generate.main([f"--workdir={tmp_path}", f"--image={picture}", "--prompt=How many?", "--max_new_tokens=6"]) == 0
   printed = capsys.readouterr()
   batch = collate([processor.prompt([Turn("human", "<image>\nHow many?")], [Image.open(picture)])])
@@ -40,14 +40,14 @@ def test_prints_the_answer_and_nothing_else(restored, picture, tmp_path, tiny, p
   assert len(ids) > 1
   text = Detokenizer(processor.tokenizer.decode)  # random ids hold broken bytes, which decode shows otherwise
   assert printed.out == "".join(map(text.push, ids)) + text.finish() + "\n"
-  assert "finetune" in printed.err
+  assert f"{tmp_path}: read in" in printed.err
   assert ("cut off" in printed.err) == (len(ids) == 6)
 
 
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["--workdir=/no/such/folder"], "--workdir /no/such/folder: no such folder"),
+    (["--workdir=/no/such/folder"], "--model /no/such/folder: no such folder"),
     (["--prompt= "], "--prompt is empty"),
     (["--prompt=<image>\n"], "--prompt is empty"),
     (["--temperature=-1"], "--temperature is -1.0"),
@@ -84,16 +84,18 @@ def test_pictures_that_cannot_be_read(make, message, tmp_path, capsys):
   assert f"b.png: {message}" in error and error.count("\n") == 1
 
 
-def test_too_many_pictures(restored, picture, tmp_path, capsys):
-  assert generate.main([f"--workdir={tmp_path}", "--prompt=hm", *[f"--image={picture}"] * 2]) == 2
-  assert "2 images, and a row has room for 1" in capsys.readouterr().err
+def test_two_pictures(loaded, picture, tmp_path, tiny, processor, capsys):
+  command = [f"--model={tmp_path}", "--prompt=Which?", *[f"--image={picture}"] * 2, "--max_new_tokens=3"]
+  assert generate.main(command) == 0
+  expected = generate(tiny, processor, "Which?", [picture, picture], max_new_tokens=3)
+  assert capsys.readouterr().out.strip() == expected != ""
 
 
-def test_a_folder_without_checkpoint(restored, picture, tmp_path, capsys):
-  def restore(workdir):
-    raise ConfigError(f"{workdir} holds no checkpoint")
+def test_a_folder_without_checkpoint(loaded, picture, tmp_path, capsys):
+  def load(path):
+    raise ConfigError(f"{path} holds no checkpoint")
 
-  restored.restore = restore
+  loaded.load = load
   assert generate.main([f"--workdir={tmp_path}", "--prompt=hm"]) == 2
   assert capsys.readouterr().err == f"error: {tmp_path} holds no checkpoint\n"
 

@@ -1,0 +1,202 @@
+"""One model out of what one or several checkpoints hold."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from flax import nnx
+
+from mllm_jax import parameters
+from mllm_jax.config import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
+from mllm_jax.models import projectors
+from mllm_jax.models.decoder import Decoder
+from mllm_jax.models.vision import VisionTower
+from mllm_jax.weights import places
+from mllm_jax.weights.fingerprint import fingerprint
+from mllm_jax.weights.folder import Manifest
+from mllm_jax.weights.known import WeightsError, lookup
+from mllm_jax.weights.mapping import Ours
+from mllm_jax.weights.recognise import PARTS, Found, Part, projector_config, recognise
+from mllm_jax.weights.tensors import Chosen, Joined, Merged, Tensors
+
+DEFAULT_TEMPLATE = "vicuna_v1"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+  """A model where it is stored: everything that building it needs, with no tensor read yet.
+
+  tensors: by our paths. tokenizer: a local folder, "" without one. notes: what a user should know.
+  """
+
+  manifest: Manifest
+  tensors: Tensors
+  tokenizer: str
+  notes: tuple[str, ...] = ()
+
+  def config(self, dtype: str = "") -> ModelConfig:
+    """The whole model's configuration, computing in `dtype` ("": as stored, float16 as bfloat16).
+
+    Raises WeightsError where a part is missing: without a projector the towers are no model.
+    """
+    parts = self.manifest.parts
+    absent = [name for name in PARTS[:3] if name not in parts]
+    if absent:
+      raise WeightsError(
+        f"{', '.join(absent)}: not there; it has {', '.join(parts)}. Name a checkpoint with it (--vision, --llm, "
+        "--projector), or train one"
+      )
+    return ModelConfig(
+      vision=parts["vision"],
+      decoder=parts["decoder"],
+      projector=parts["projector"],
+      lora=parts.get("lora", LoraConfig()),
+      dtype=dtype or {"float16": "bfloat16"}.get(self.dtype(), self.dtype()),
+    )
+
+  def dtype(self) -> str:
+    """The type that most of the parameters are stored in."""
+    sizes: dict[str, int] = {}
+    for name in self.tensors.names():
+      dtype = str(self.tensors.dtype(name))
+      sizes[dtype] = sizes.get(dtype, 0) + math.prod(self.tensors.shape(name))
+    return max(sizes, key=sizes.get)
+
+  def merged(self) -> "StoredModel":
+    """The same model with its adapters folded into the decoder."""
+    if "lora" not in self.manifest.parts:
+      return self
+    lora: LoraConfig = self.manifest.parts["lora"]
+    without = lambda content: {name: value for name, value in content.items() if name != "lora"}
+    manifest = dataclasses.replace(
+      self.manifest, parts=without(self.manifest.parts), sources=without(self.manifest.sources)
+    )
+    return dataclasses.replace(self, manifest=manifest, tensors=Merged(self.tensors, lora.alpha / lora.rank))
+
+
+def open_model(
+  model: str = "", *, vision: str = "", llm: str = "", projector: str = "", adapter: str = "", template: str = ""
+) -> StoredModel:
+  """A model from one checkpoint, from several, or from one whose parts others replace.
+
+  Args:
+    model: anything `recognise` knows. What it does not hold, and names as a local folder, is taken from there.
+    vision, llm, projector, adapter: checkpoints whose part is taken instead of the model's.
+    template: of the conversations, where the checkpoint does not say.
+
+  Raises WeightsError where something is missing, of an unknown kind, or does not fit together.
+  """
+  whole = recognise(model) if model else None
+  given = {"vision": vision, "decoder": llm, "projector": projector, "lora": adapter}
+  founds = {name: recognise(path) if path else None for name, path in given.items()}
+  chosen: dict[str, tuple[Found, Part]] = {}
+  for name, found in founds.items():
+    if found is not None and name not in found.parts:
+      raise WeightsError(f"{found.path} is a {found.family} and holds no {name}; it has {', '.join(found.parts)}")
+    if found is not None:
+      chosen[name] = found, found.parts[name]
+    elif whole is not None and name in whole.parts:
+      chosen[name] = whole, whole.parts[name]
+  for name, place in (("vision", whole.tower), ("decoder", whole.base)) if whole is not None else ():
+    if name not in chosen and place and places.exists(place):
+      found = recognise(place)
+      if name in found.parts:
+        chosen[name] = found, found.parts[name]
+  if founds["decoder"] is not None and "lora" in founds["decoder"].parts and "lora" not in chosen:
+    raise WeightsError(f"{llm} has an adapter beside its language model; merge it first, or name it as --model")
+  return put_together(chosen, whole, template)
+
+
+def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, template: str) -> StoredModel:
+  """The model that the chosen parts make."""
+  configs = {}
+  if "vision" in chosen:
+    configs["vision"] = vision_config(*chosen["vision"], whole or chosen["vision"][0])
+  elif whole is not None and whole.tower:
+    raise WeightsError(
+      f"{whole.path} was trained on the tower {whole.tower}, which is not in it; name that tower's folder with --vision "
+      f"(hf download {whole.tower} --local-dir FOLDER)"
+    )
+  if "lora" in chosen and "decoder" not in chosen:
+    base = chosen["lora"][0].base or "its base model"
+    raise WeightsError(
+      f"{chosen['lora'][1].origin} is an adapter of {base}, which is not here; name its folder (--llm)"
+    )
+  for name in ("decoder", "lora"):
+    if name in chosen:
+      configs[name] = chosen[name][1].config
+  if "projector" in chosen:
+    if "vision" not in configs:
+      raise WeightsError(
+        f"{chosen['projector'][1].origin} is a projector, and its size follows from the tower's (--vision)"
+      )
+    configs["projector"] = projector_config(chosen["projector"][1], configs["vision"].grid)
+  if not configs:
+    raise WeightsError("no checkpoint named; --model, or --vision and --llm")
+  ordered = {name: configs[name] for name in PARTS if name in configs}
+  sources, tensors = {}, []
+  for name in ordered:
+    found, part = chosen[name]
+    tensors.append(part_tensors(name, part, ordered))
+    sources[name] = {"path": part.origin, "family": found.family, "fingerprint": fingerprint(part.weights)}
+  tokens = chosen["decoder"][0].tokenizer if "decoder" in chosen else ""
+  if not tokens and whole is not None:
+    tokens = whole.tokenizer
+  templates = [found.template for found, _ in chosen.values() if found.template]
+  manifest = Manifest(ordered, template or (templates or [DEFAULT_TEMPLATE])[0], sources)
+  notes = dict.fromkeys(note for found, _ in chosen.values() for note in found.notes)
+  return StoredModel(manifest, Joined(*tensors), tokens, tuple(notes))
+
+
+def vision_config(found: Found, part: Part, whole: Found) -> VisionConfig:
+  """The tower's configuration, with the layer that the projector was trained on."""
+  config = part.config
+  if config is None:  # the tower of a checkpoint that names it without describing it
+    known = lookup(found.tower) if found.tower else None
+    if known is not None:
+      config = known.config
+    elif found.tower and places.is_dir(found.tower):
+      config = recognise(found.tower).parts["vision"].config
+    else:
+      raise WeightsError(
+        f"{found.path} holds the weights of its tower {found.tower or '(unnamed)'} and not its configuration; name the "
+        "tower's own folder with --vision"
+      )
+  return config if whole.select_layer is None else dataclasses.replace(config, select_layer=whole.select_layer)
+
+
+def part_tensors(name: str, part: Part, configs: Mapping) -> Tensors:
+  """A part's tensors by our paths; its shapes are those that its configuration gives."""
+  shapes = part_shapes(name, configs)
+  if part.table is not None:
+    return Ours(part.weights, part.table(configs[name], configs["vision"].grid if "vision" in configs else 0), shapes)
+  stored = {path: part.weights.shape(path) for path in part.weights.names() if belongs(path) == name}
+  if stored != shapes:
+    wrong = sorted(path for path in stored.keys() | shapes.keys() if stored.get(path) != shapes.get(path))
+    raise WeightsError(
+      f"{part.weights.path} does not hold what its manifest says: {', '.join(wrong[:6])}; import the model again"
+    )
+  return Chosen(part.weights, shapes)
+
+
+def part_shapes(name: str, configs: Mapping) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of a part."""
+  config = configs[name]
+  if name == "vision":
+    make = lambda rngs: VisionTower(config, dtype="float32", rngs=rngs)
+  elif name == "projector":
+    whole = ModelConfig(vision=configs["vision"], projector=config)
+    if "decoder" in configs:
+      whole = dataclasses.replace(whole, decoder=configs["decoder"])
+    make = lambda rngs: projectors.make(whole, rngs)
+  else:
+    lora = config if name == "lora" else LoraConfig()
+    make = lambda rngs: Decoder(configs["decoder"], lora, dtype="float32", remat="none", rngs=rngs)
+  room = "decoder" if name == "lora" else name
+  flat = parameters.flatten(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1]
+  return {f"{room}/{path}": array.shape for path, array in flat.items() if belongs(f"{room}/{path}") == name}
+
+
+def belongs(path: str) -> str:
+  """The part that a parameter belongs to."""
+  return "lora" if "/lora/" in path else path.partition("/")[0]

@@ -1,0 +1,140 @@
+"""A model as this project stores it: one folder that needs no other file.
+
+    mllm_jax.json               the manifest: configuration, conversation template, where each part came from, versions
+    model.safetensors           the parameters by our own paths, or model-0000i-of-0000n.safetensors with an index
+    tokenizer/                  the tokenizer's files, as they were
+
+A folder is written beside its place and renamed when it is complete, so that one that was interrupted never looks
+finished.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mllm_jax
+from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig, from_dict, to_dict
+from mllm_jax.weights.known import WeightsError, read_json
+from mllm_jax.weights.tensors import Tensors
+from mllm_jax.weights.write import write_safetensors
+
+MANIFEST = "mllm_jax.json"
+TOKENIZER = "tokenizer"
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "vocab.json",
+  "merges.txt",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+)
+FORMAT = 1
+CONFIGS = {"vision": VisionConfig, "decoder": DecoderConfig, "projector": ProjectorConfig, "lora": LoraConfig}
+PACKAGES = ("mllm_jax", "jax", "flax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a folder holds.
+
+  parts: "vision", "decoder", "projector", "lora", as many as there are, with their configurations.
+  template: of the conversations the model was trained on.
+  sources: for each part where it came from: path, family, fingerprint.
+  run: the training run that made it: stage, step; {} for an import.
+  versions: of the packages that wrote it.
+  """
+
+  parts: Mapping[str, VisionConfig | DecoderConfig | ProjectorConfig | LoraConfig]
+  template: str
+  sources: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read(path: Path) -> Manifest:
+  """The manifest of a local folder. Raises WeightsError where it is missing, damaged or of a newer format."""
+  file = Path(path) / MANIFEST
+  content = read_json(file, "the manifest of a model")
+  if content.get("format") != FORMAT:
+    raise WeightsError(
+      f"{file}: its format is {content.get('format')!r}, and this version of mllm_jax reads {FORMAT}; update mllm_jax"
+    )
+  try:
+    parts = {name: from_dict(CONFIGS[name], config, name) for name, config in content["parts"].items()}
+    fields = {name: content[name] for name in ("template", "sources", "run", "versions")}
+  except (ConfigError, KeyError, TypeError, AttributeError) as error:
+    raise WeightsError(f"{file} is damaged ({error}); import the model again") from error
+  return Manifest(parts, **fields)
+
+
+def write(
+  path: Path,
+  manifest: Manifest,
+  tensors: Tensors,
+  tokenizer: str,
+  *,
+  overwrite: bool = False,
+  progress: Callable[[int], None] | None = None,
+) -> None:
+  """Writes a model's folder: the tensors by our paths, the tokenizer's files out of a local folder ("": none), and the
+  manifest. Raises WeightsError where the folder exists already, unless it may be overwritten."""
+  with beside(path, overwrite=overwrite) as partial:
+    write_safetensors(partial, tensors, progress=progress)
+    if tokenizer:
+      copy_tokenizer(Path(tokenizer), partial / TOKENIZER)
+    content = {
+      "format": FORMAT,
+      "parts": {name: to_dict(config) for name, config in manifest.parts.items()},
+      "template": manifest.template,
+      "sources": manifest.sources,
+      "run": manifest.run,
+      "versions": {package: version(package) for package in PACKAGES},
+    }
+    (partial / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def version(package: str) -> str:
+  """The installed version of a package; of this one also where it runs from a checkout."""
+  return mllm_jax.__version__ if package == "mllm_jax" else importlib.metadata.version(package)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+  """Copies the files of a tokenizer."""
+  target.mkdir(exist_ok=True)
+  for name in TOKENIZER_FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)
+
+
+@contextlib.contextmanager
+def beside(path: Path, *, overwrite: bool) -> Iterator[Path]:
+  """A new folder PATH.partial that becomes PATH when the block ends without an error, and is removed otherwise. What an
+  earlier attempt has left is removed first.
+
+  Raises WeightsError where PATH exists and is not to be overwritten.
+  """
+  path = Path(path)
+  if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+    raise WeightsError(f"{path} exists already; name another folder, remove it, or allow it with --overwrite")
+  partial = path.with_name(path.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  old = path.with_name(path.name + ".replaced")
+  shutil.rmtree(old, ignore_errors=True)
+  if path.exists():
+    os.replace(path, old)
+  os.replace(partial, path)
+  shutil.rmtree(old, ignore_errors=True)

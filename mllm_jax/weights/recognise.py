@@ -1,0 +1,277 @@
+"""What a folder or file of weights is, told from its configuration and the names in it.
+
+A checkpoint holds one part of a model or several: `vision`, `decoder`, `projector`, `lora`. `recognise` finds them and
+reads configurations only; the weights are opened, and no tensor is read.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.config import DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig
+from mllm_jax.weights import clip, folder, llama, mlp, peft, places, qwen2, siglip, spatial
+from mllm_jax.weights.io import Weights, open_weights
+from mllm_jax.weights.known import WeightsError, missing, read_json
+from mllm_jax.weights.tables import Table
+
+PARTS = ("vision", "decoder", "projector", "lora")
+SIDE_FILES = (*folder.TOKENIZER_FILES, "config.json", "adapter_config.json", folder.MANIFEST)
+SIDE_FILES += ("preprocessor_config.json", "processor_config.json")
+TOWERS = {"clip": clip, "clip_vision_model": clip, "siglip": siglip, "siglip_vision_model": siglip}
+DECODERS = {"llama": llama, "qwen2": qwen2}
+# LLaVA's own classes: the fields of a plain decoder's configuration with others between them.
+OFFICIAL = {"llava": llama, "llava_llama": llama, "llava_qwen": qwen2, "llava_qwen2": qwen2}
+PROJECTOR_FILES = ("non_lora_trainables.bin", "mm_projector.bin", "model.bin")
+
+AnyConfig = VisionConfig | DecoderConfig | ProjectorConfig | LoraConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One part of a model in a checkpoint.
+
+  weights: the opened checkpoint, or for an adapter what presents its tensors in one rank.
+  origin: the folder or file it was found in.
+  config: None where only the rest of the model tells: the tower inside a LLaVA checkpoint, whose configuration lies
+    with the tower alone, and a projector, which depends on the tower's grid.
+  table: from the part's configuration and the tower's grid to its table; None for checkpoints in our own names.
+  """
+
+  weights: Weights
+  origin: str
+  config: AnyConfig | None
+  table: Callable[[Any, int], Table] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a path holds.
+
+  family: for people.
+  tokenizer: a local folder with its tokenizer, "" without one.
+  template: of the conversations it was trained on, "" where it does not say.
+  select_layer: which of the tower's layers the projector takes, None where it does not say.
+  tower, base: where the checkpoint says that the tower and the language model beside it came from, "" if it does not.
+  notes: what a user should know about it.
+  """
+
+  path: str
+  family: str
+  parts: Mapping[str, Part]
+  tokenizer: str = ""
+  template: str = ""
+  select_layer: int | None = None
+  tower: str = ""
+  base: str = ""
+  notes: tuple[str, ...] = ()
+
+
+def recognise(path: places.Place) -> Found:
+  """What lies at a path: a folder or a file of weights, local or remote.
+
+  Raises WeightsError where nothing is there, or nothing that is known; the message says what was looked at.
+  """
+  path = places.place(path)
+  if places.is_file(path):
+    return projector_alone(path, open_weights(path))
+  if not places.is_dir(path):
+    raise missing(path, "a folder with a model, or a file of weights")
+  names = places.names(path)
+  local = places.local_copy(path, [name for name in SIDE_FILES if name in names])
+  if folder.MANIFEST in names:
+    return of_ours(path, local)
+  if "adapter_config.json" in names:
+    return of_adapter(path, local, names)
+  if "config.json" in names:
+    return of_config(path, local, names)
+  projectors = [name for name in PROJECTOR_FILES if name in names]
+  weights = open_weights(places.join(path, projectors[0]) if projectors else path)
+  return projector_alone(path, weights)
+
+
+def of_ours(path: places.Place, local: Path) -> Found:
+  """A folder that `folder.write` made."""
+  manifest = folder.read(local)
+  weights = open_weights(path)
+  parts = {name: Part(weights, str(path), config, None) for name, config in manifest.parts.items()}
+  tokenizer = places.join(path, folder.TOKENIZER)
+  if places.is_dir(tokenizer):
+    tokenizer = places.local_copy(tokenizer, list(folder.TOKENIZER_FILES))
+  return Found(str(path), f"mllm_jax model ({', '.join(parts)})", parts, str(tokenizer), manifest.template)
+
+
+def of_adapter(path: places.Place, local: Path, names: list[str]) -> Found:
+  """A PEFT adapter, alone or as LLaVA's fine-tuning leaves it: with the projector in non_lora_trainables.bin."""
+  lora, weights = peft.open_adapter(path)
+  parts = {"lora": Part(weights, str(path), lora, lambda config, grid: peft.table(config))}
+  content = read_json(local / "adapter_config.json", "the configuration of a PEFT adapter")
+  found = Found(
+    str(path), f"PEFT adapter of rank {lora.rank}", parts, base=str(content.get("base_model_name_or_path") or "")
+  )
+  if "non_lora_trainables.bin" not in names:
+    return found
+  trained = open_weights(places.join(path, "non_lora_trainables.bin"))
+  family = f"{projector_family(trained)} with LoRA of rank {lora.rank}, as the released code leaves it"
+  parts["projector"] = Part(trained, str(path), None, projector_table)
+  found = dataclasses.replace(found, family=family, tokenizer=tokenizer_of(local, names))
+  return with_official_fields(found, local) if "config.json" in names else found
+
+
+def of_config(path: places.Place, local: Path, names: list[str]) -> Found:
+  """A folder with a config.json of Hugging Face's kind."""
+  content = read_json(local / "config.json", "the configuration of a model")
+  kind = content.get("model_type")
+  if kind in TOWERS:
+    family = TOWERS[kind]
+    part = Part(open_weights(path), str(path), family.read_config(local), lambda config, grid: family.table(config))
+    return Found(str(path), "CLIP vision tower" if family is clip else "SigLIP vision tower", {"vision": part})
+  if kind == "llava" and isinstance(content.get("text_config"), dict):
+    return of_llava_hf(path, local, names, content)
+  if kind in OFFICIAL or (kind in DECODERS and "mm_projector_type" in content):
+    return of_official(path, local, names, OFFICIAL.get(kind) or DECODERS[kind])
+  if kind in DECODERS:
+    family = DECODERS[kind]
+    part = Part(open_weights(path), str(path), family.read_config(local), lambda config, grid: family.table(config))
+    return Found(str(path), f"{kind} language model", {"decoder": part}, tokenizer_of(local, names))
+  raise WeightsError(
+    f"{places.join(path, 'config.json')}: model_type is {kind!r}; read are "
+    + ", ".join(sorted({*TOWERS, *DECODERS, *OFFICIAL}))
+  )
+
+
+def of_llava_hf(path: places.Place, local: Path, names: list[str], content: dict[str, Any]) -> Found:
+  """`LlavaForConditionalGeneration` of transformers, whichever of its versions saved it."""
+  where = str(places.join(path, "config.json"))
+  refuse(where, content, {"projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,)})
+  vision, text = dict(content.get("vision_config") or {}), dict(content["text_config"])
+  tower, decoder = vision.get("model_type", "clip_vision_model"), text.get("model_type", "llama")
+  if tower not in TOWERS or decoder not in DECODERS:
+    raise WeightsError(
+      f"{where}: a {tower} with a {decoder} is not read; read are {', '.join(TOWERS)} with {', '.join(DECODERS)}"
+    )
+  vision_family, decoder_family = TOWERS[tower], DECODERS[decoder]
+  layer = content.get("vision_feature_layer", -2)
+  strategy = content.get("vision_feature_select_strategy", "default")
+  vision_config = clip.with_colours(vision_family.parse(vision, f"{where}, vision_config"), local)
+  if not isinstance(layer, int) or strategy != ("default" if vision_config.class_token else "full"):
+    raise WeightsError(
+      f"{where}: vision_feature_layer is {layer!r} and vision_feature_select_strategy {strategy!r}; read are one layer "
+      "and all patches without a class token"
+    )
+  tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+  if tied is not None and "tie_word_embeddings" not in text:
+    text["tie_word_embeddings"] = tied
+  weights = open_weights(path)
+  part = lambda config, table: Part(weights, str(path), config, table)
+  parts = {
+    "vision": part(
+      dataclasses.replace(vision_config, select_layer=layer), lambda config, grid: vision_family.table(config)
+    ),
+    "decoder": part(
+      decoder_family.parse(text, f"{where}, text_config"), lambda config, grid: decoder_family.table(config)
+    ),
+    "projector": part(ProjectorConfig(kind="mlp2x_gelu"), lambda config, grid: mlp.table()),
+  }
+  return Found(
+    str(path), "LLaVA-1.5 as transformers stores it", parts, tokenizer_of(local, names), notes=cropping(local)
+  )
+
+
+def cropping(local: Path) -> tuple[str, ...]:
+  """A note where the processor of a llava-hf checkpoint cuts pictures to a square, since ours pads them."""
+  file = local / "preprocessor_config.json"
+  content = read_json(file, "how images are prepared") if file.is_file() else {}
+  if not content.get("do_center_crop", False) or content.get("do_pad", False):
+    return ()
+  return (
+    "its preprocessor_config.json cuts pictures to a square; here they are padded to one, as the released LLaVA-1.5 was "
+    "trained",
+  )
+
+
+def of_official(path: places.Place, local: Path, names: list[str], family) -> Found:
+  """A whole model as LLaVA's and LLaVA-SP's own code saves it."""
+  weights = open_weights(path)
+  config = family.parse(
+    {key: value for key, value in read_json(local / "config.json", "").items() if key != "model_type"},
+    str(places.join(path, "config.json")),
+  )
+  if "lm_head.weight" not in weights.names() and not config.tied_embeddings:
+    config = dataclasses.replace(config, tied_embeddings=True)
+  part = lambda config, table: Part(weights, str(path), config, table)
+  parts = {"decoder": part(config, lambda config, grid: family.table(config))}
+  if holds(weights, r"(model\.)?vision_tower\..*"):
+    tower = siglip if holds(weights, r".*vision_tower.*patch_embedding\.bias") else clip
+    parts["vision"] = part(None, lambda config, grid: tower.table(config))
+  if holds(weights, r".*mm_projector\..*"):
+    parts["projector"] = part(None, projector_table)
+  found = Found(str(path), projector_family(weights) + " as released", parts, tokenizer_of(local, names))
+  return with_official_fields(found, local)
+
+
+def with_official_fields(found: Found, local: Path) -> Found:
+  """What the config.json of the released code says about the tower."""
+  where = str(places.join(found.path, "config.json"))
+  content = read_json(local / "config.json", "the configuration of a LLaVA model")
+  refuse(
+    where,
+    content,
+    {
+      "mm_projector_type": ("mlp2x_gelu",),
+      "mm_vision_select_feature": ("patch",),
+      "mm_use_im_start_end": (False,),
+      "mm_patch_merge_type": ("flat",),
+    },
+  )
+  layer = content.get("mm_vision_select_layer")
+  tower = content.get("mm_vision_tower") or content.get("vision_tower") or ""
+  return dataclasses.replace(found, select_layer=layer, tower=str(tower), template="vicuna_v1")
+
+
+def projector_alone(path: places.Place, weights: Weights) -> Found:
+  """A file with a projector and nothing else that is known."""
+  if not holds(weights, r".*(mm_projector|multi_modal_projector|conv_\d+)\..*"):
+    some = ", ".join(weights.names()[:4])
+    raise WeightsError(
+      f"{weights.path} holds no projector, and there is no config.json beside it that says what else it is; its "
+      f"{len(weights.names())} tensors begin with {some}"
+    )
+  return Found(str(path), projector_family(weights), {"projector": Part(weights, str(path), None, projector_table)})
+
+
+def projector_family(weights: Weights) -> str:
+  """Whether a projector is LLaVA-1.5's or LLaVA-SP's."""
+  return "LLaVA-SP" if holds(weights, r".*\bconv_\w+\.(1\.)?weight") else "LLaVA-1.5"
+
+
+def projector_table(config: ProjectorConfig, grid: int) -> Table:
+  """The table of a projector in the released names."""
+  return mlp.table() if config.kind == "mlp2x_gelu" else spatial.table(config, grid)
+
+
+def projector_config(part: Part, grid: int) -> ProjectorConfig:
+  """The configuration of a projector over a tower with `grid` patches along a side."""
+  if part.config is not None:
+    return part.config
+  renamed = {mlp.table().rename(name): part.weights.shape(name) for name in part.weights.names()}
+  ours = r"(mm_projector|conv_\w+|(query|key|value)_projector|tfm_\w+|query_\d+|image_newline)(\..*)?"
+  return spatial.recognise({name: shape for name, shape in renamed.items() if re.fullmatch(ours, name)}, grid)
+
+
+def tokenizer_of(local: Path, names: list[str]) -> str:
+  """The folder, where it holds a tokenizer."""
+  return str(local) if {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(names) else ""
+
+
+def holds(weights: Weights, pattern: str) -> bool:
+  """Whether some tensor's whole name matches."""
+  return any(re.fullmatch(pattern, name) for name in weights.names())
+
+
+def refuse(where: str, content: Mapping[str, Any], accepted: Mapping[str, tuple]) -> None:
+  """Raises WeightsError for fields with another value than the accepted ones; absent fields are accepted."""
+  wrong = [f"{name}={content[name]!r}" for name, values in accepted.items() if content.get(name) not in (None, *values)]
+  if wrong:
+    raise WeightsError(f"{where} sets {', '.join(wrong)}, which is not computed here")
