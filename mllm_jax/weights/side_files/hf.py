@@ -34,7 +34,9 @@ def write_hf(
   the same, for a pooled output that LLaVA does not ask for; `extra_tensors` has it. The hidden states, the last one
   included, are taken before it.
 
-  Pictures are padded to a square with the mean colour, as here; what llava-hf ships cuts the longer side off.
+  Pictures are padded to a square with the mean colour, as here; what llava-hf ships cuts the longer side off. Resized
+  by Pillow they have exactly our pixels. Where torchvision is installed transformers 5 resizes by that, and some pixels
+  differ by one level of 255, unless the processor is loaded with backend="pil".
 
   Args:
     folder: exists, or is made.
