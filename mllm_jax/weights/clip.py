@@ -88,7 +88,7 @@ def vision_config(content: Mapping[str, Any], where: str, kind: str, defaults: M
   if content.get("model_type", kind) != kind:
     raise WeightsError(f"{where}: model_type is {content['model_type']!r}, and {kind} is read here")
   vision = {**defaults, **{name: value for name, value in content.items() if value is not None}}
-  if vision["hidden_act"] not in ACTIVATIONS or vision["num_channels"] != 3:
+  if vision["hidden_act"] not in list(ACTIVATIONS) or vision["num_channels"] != 3:
     raise WeightsError(
       f"{where}: hidden_act is {vision['hidden_act']!r} and num_channels {vision['num_channels']}; towers with "
       f"{' or '.join(ACTIVATIONS)} and 3 channels are read"
@@ -96,7 +96,7 @@ def vision_config(content: Mapping[str, Any], where: str, kind: str, defaults: M
   not_whole = {name: vision[name] for name in ("image_size", "patch_size") if not isinstance(vision[name], int)}
   if not_whole:
     raise WeightsError(f"{where}: {not_whole}; towers for square images and patches are read, one number each")
-  return VisionConfig(
+  config = VisionConfig(
     image_size=vision["image_size"],
     patch_size=vision["patch_size"],
     width=vision["hidden_size"],
@@ -108,6 +108,7 @@ def vision_config(content: Mapping[str, Any], where: str, kind: str, defaults: M
     mean=CLIP_MEAN,
     std=CLIP_STD,
   )
+  return parts.checked(config, where)
 
 
 def with_colours(config: VisionConfig, folder: Path) -> VisionConfig:

@@ -24,7 +24,7 @@ DEFAULTS = {
 }
 ROPE_THETA = 10000.0
 # Settings that would change the result, and the values with which they do nothing.
-NEUTRAL = {"hidden_act": "silu", "quantization_config": None}
+NEUTRAL = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
 BIASES = {"attention_bias": False, "mlp_bias": False}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -102,28 +102,36 @@ def decoder_config(
     raise WeightsError(
       f"{where} sets {', '.join(wrong)}, which the decoder does not compute; use a {kind} checkpoint without"
     )
-  heads = config["num_attention_heads"]
-  return DecoderConfig(
+  heads, width = config["num_attention_heads"], config["hidden_size"]
+  if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
+    raise WeightsError(f"{where}: num_attention_heads is {heads!r} and hidden_size {width!r}; download it again")
+  result = DecoderConfig(
     vocab_size=config["vocab_size"],
-    width=config["hidden_size"],
+    width=width,
     layers=config["num_hidden_layers"],
     heads=heads,
     kv_heads=config.get("num_key_value_heads") or heads,
-    head_width=config.get("head_dim") or config["hidden_size"] // heads,
+    head_width=config.get("head_dim") or width // heads,
     mlp_width=config["intermediate_size"],
     rope_theta=read_rope(where, config),
     norm_eps=config["rms_norm_eps"],
     tied_embeddings=config["tie_word_embeddings"],
   )
+  return parts.checked(result, where)
 
 
 def read_rope(where: str, config: Mapping[str, Any]) -> float:
   """The base of the rotary angles, from rope_theta or, as transformers 5 writes it, from rope_parameters."""
   parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+  if not isinstance(parameters, dict):
+    raise WeightsError(f"{where} describes its rotary positions by {parameters!r}; download it again")
   kind = parameters.get("rope_type", parameters.get("type", "default"))
-  if kind != "default":
+  if kind != "default" or parameters.get("partial_rotary_factor") not in (1.0, None):
     raise WeightsError(
       f"{where} stretches its rotary positions ({kind!r}: {parameters}), which the decoder does not compute; "
       "use a checkpoint without rope scaling"
     )
-  return float(parameters.get("rope_theta", config.get("rope_theta", ROPE_THETA)))
+  theta = parameters.get("rope_theta", config.get("rope_theta", ROPE_THETA))
+  if not isinstance(theta, int | float) or theta <= 0:
+    raise WeightsError(f"{where}: rope_theta is {theta!r}, and must be a positive number; download it again")
+  return float(theta)

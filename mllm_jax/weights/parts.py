@@ -13,6 +13,14 @@ The expressions here match whole names as they stand in the file. A tensor of no
 by none of them, so that every table reports it.
 """
 
+from typing import TypeVar
+
+from mllm_jax.config import ConfigError, DecoderConfig, VisionConfig, check_types
+from mllm_jax.weights.known import WeightsError
+
+SIZES = ("image_size", "patch_size", "vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+Architecture = TypeVar("Architecture", VisionConfig, DecoderConfig)
+
 OUTER = r"(base_model\.)?(model\.)*"
 VISION = (OUTER + r"vision_tower\..*", "the vision tower, which has a table of its own")
 PROJECTOR = (
@@ -24,3 +32,18 @@ LANGUAGE = (
   "the language model, which has a table of its own",
 )
 HINTS = ((r"(model\.)*image_newline", "the checkpoint was trained with tiled images, which are not read here"),)
+
+
+def checked(config: Architecture, where: str) -> Architecture:
+  """`config` itself, read out of the file and key that `where` names.
+
+  Raises WeightsError where a field has another type than it must have, or a size is not positive.
+  """
+  try:
+    check_types(config, where)
+  except ConfigError as error:
+    raise WeightsError(f"{error}; download the configuration again") from error
+  wrong = {name: value for name, value in vars(config).items() if type(value) is int and name in SIZES and value < 1}
+  if wrong:
+    raise WeightsError(f"{where}: {wrong} must be positive; download the configuration again")
+  return config

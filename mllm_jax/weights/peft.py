@@ -60,7 +60,10 @@ class Settings:
   def of(self, module: str) -> tuple[int, float]:
     """Rank and scale of a module, named as in the model that the adapter was made for."""
     rank = pattern_value(self.rank_pattern, module, self.rank, f"{self.path}: rank_pattern")
-    return rank, self.scale(rank, pattern_value(self.alpha_pattern, module, self.alpha, f"{self.path}: alpha_pattern"))
+    alpha = pattern_value(self.alpha_pattern, module, self.alpha, f"{self.path}: alpha_pattern")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+      raise WeightsError(f"{self.path} gives {module} the rank {rank!r} and the alpha {alpha!r}; correct its patterns")
+    return rank, self.scale(rank, alpha)
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, default: Any, where: str) -> Any:
@@ -200,15 +203,13 @@ def read_settings(folder: str | Path) -> Settings:
   rank, alpha = content.get("r"), content.get("lora_alpha")
   if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or alpha <= 0:
     raise WeightsError(f"{path} lacks r or lora_alpha, or they are not positive; write the adapter's rank and alpha")
-  return Settings(
-    path,
-    rank,
-    float(alpha),
-    float(content.get("lora_dropout") or 0.0),
-    bool(content.get("use_rslora")),
-    content.get("rank_pattern") or {},
-    content.get("alpha_pattern") or {},
+  dropout, ranks, alphas = (
+    content.get(name) or default
+    for name, default in (("lora_dropout", 0.0), ("rank_pattern", {}), ("alpha_pattern", {}))
   )
+  if not isinstance(dropout, int | float) or not isinstance(ranks, dict) or not isinstance(alphas, dict):
+    raise WeightsError(f"{path}: lora_dropout must be a number, and rank_pattern and alpha_pattern objects; correct it")
+  return Settings(path, rank, float(alpha), float(dropout), bool(content.get("use_rslora")), ranks, alphas)
 
 
 def refusal(path: Path, what: list[str], verb: str) -> WeightsError:

@@ -42,7 +42,7 @@ def parse(content: Mapping[str, Any], where: str) -> DecoderConfig:
   Raises WeightsError where it is of another model type, or asks for what the decoder does not compute, such as
   attention within a sliding window.
   """
-  others = sorted(set(content.get("layer_types") or ()) - {"full_attention"})
+  others = sorted({str(kind) for kind in content.get("layer_types") or ()} - {"full_attention"})
   if others:
     raise WeightsError(
       f"{where}: layer_types has {', '.join(others)}, and the decoder computes full_attention only; use a qwen2 "

@@ -84,6 +84,9 @@ def test_clip(tmp_path):
     ({}, "model_type is None"),
     ({"model_type": "clip"}, "no vision_config"),
     ({"model_type": "clip_vision_model", "hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ({"model_type": "clip_vision_model", "hidden_act": ["gelu"]}, r"hidden_act is \['gelu'\]"),
+    ({"model_type": "clip_vision_model", "hidden_size": 1e3}, "width must be of type int, and is 1000.0"),
+    ({"model_type": "clip_vision_model", "patch_size": 0}, "{'patch_size': 0} must be positive"),
   ],
 )
 def test_clip_refuses(tmp_path, content, named):
@@ -113,6 +116,14 @@ def test_llama(tmp_path):
     ({"attention_bias": True}, "attention_bias=True"),
     ({"hidden_act": "gelu", "mlp_bias": True}, "mlp_bias=True, hidden_act='gelu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor.: 0.5"),
+    ({"rope_theta": "10000"}, "rope_theta is '10000'"),
+    ({"rope_parameters": [1e4]}, r"rotary positions by \[10000.0\]"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_hidden_layers": 0}, "{'layers': 0} must be positive"),
+    ({"vocab_size": "many"}, "vocab_size must be of type int, and is 'many'"),
+    ({"tie_word_embeddings": 1}, "tied_embeddings must be of type bool"),
   ],
 )
 def test_llama_refuses(tmp_path, change, named):
@@ -245,6 +256,9 @@ def test_peft_reads_what_it_writes(tmp_path):
     ({"a_new_kind_of_adapter": {"on": True}}, "a_new_kind_of_adapter"),
     ({"r": None}, "lacks r or lora_alpha"),
     ({"lora_alpha": 0}, "lacks r or lora_alpha"),
+    ({"lora_dropout": "0.1"}, "lora_dropout must be a number"),
+    ({"rank_pattern": [4]}, "rank_pattern and alpha_pattern objects"),
+    ({"rank_pattern": {"q_proj": 0}}, "layers.0.self_attn.q_proj the rank 0"),
   ],
 )
 def test_peft_refuses(tmp_path, change, named):
