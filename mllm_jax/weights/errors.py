@@ -25,6 +25,11 @@ def brief(value) -> str:
   return f"a {type(value).__name__}"
 
 
+def shorten(text: str) -> str:
+  """A foreign name for a message, as it is unless it is very long."""
+  return text if len(text) <= 255 else text[:255] + f"... of {len(text)} characters"
+
+
 def pointer_or(start: bytes, otherwise: str) -> str:
   """A remedy for a file that starts so: a Git LFS pointer stands where the weights have not been fetched."""
   if start.startswith(LFS):

@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_jax.weights import places, safetensors_file, torch_bin
 from mllm_jax.weights.buffers import Index
-from mllm_jax.weights.errors import WeightsError
+from mllm_jax.weights.errors import WeightsError, shorten
 from mllm_jax.weights.known import missing, read_json
 from mllm_jax.weights.places import Bytes, Place
 from mllm_jax.weights.stored import Stored
@@ -153,14 +153,14 @@ def open_shards(index: Place) -> Weights:
   if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
     raise WeightsError(f"{index} has no weight_map from tensors to files; download it again")
   files = sorted(set(weight_map.values()))
-  outside = [file for file in files if file in ("", ".", "..") or not file.isprintable() or set(file) & set("/\\")]
+  outside = [file for file in files if file in ("", ".", "..") or set(file) & set("/\\")]
   if outside:
     raise WeightsError(f"{index} names files outside its folder: {listed(outside)}; do not use this checkpoint")
   present = set(places.names(folder))
   absent = [file for file in files if file not in present]
   if absent:
     raise missing(
-      places.join(folder, absent[0][:255]),
+      places.join(folder, shorten(absent[0])),
       f"the shards that {title} names; {len(absent)} are absent: {listed(absent)}",
     )
   shards = {file: open_file(places.join(folder, file)) for file in files}
@@ -168,13 +168,15 @@ def open_shards(index: Place) -> Weights:
   for file, shard in shards.items():
     for name in shard.names():
       if name in seen:
-        raise WeightsError(f"{folder}: tensor {name} stands in both {seen[name]} and {file}; download the shards again")
+        raise WeightsError(
+          f"{folder}: tensor {shorten(name)} stands in both {seen[name]} and {file}; download the shards again"
+        )
       seen[name] = file
   wrong = [name for name, file in weight_map.items() if seen.get(name) != file]
   if wrong:
     raise WeightsError(
       f"{places.join(folder, weight_map[wrong[0]])} lacks {len(wrong)} tensors that {title} expects of it or its "
-      f"like, first {wrong[0]}; index and shards are of different checkpoints, download both again"
+      f"like, first {shorten(wrong[0])}; index and shards are of different checkpoints, download both again"
     )
   return Weights(index, {name: shards[file] for name, file in weight_map.items()})
 
@@ -182,4 +184,4 @@ def open_shards(index: Place) -> Weights:
 def listed(files: list[str]) -> str:
   """Names of files for a message, the first dozen of them."""
   more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
-  return ", ".join(name if len(name) <= 255 else name[:255] + "..." for name in files[:LISTED]) + more
+  return ", ".join(shorten(name) for name in files[:LISTED]) + more

@@ -1,7 +1,7 @@
 """Reading the pickles of `torch.save`, without torch and without running anything they say.
 
 Python's own unpickler calls what a pickle names, and sizes its tables by numbers in the file. Here pickletools only
-splits the bytes into opcodes, and a small stack machine knows those that describe dictionaries of tensors. A name in a
+reads the arguments of opcodes, and a small stack machine knows those that describe dictionaries of tensors. A name in a
 pickle is compared with the few of tensors and never imported; everything else is refused by its name.
 """
 
@@ -168,17 +168,19 @@ class Machine:
     """
     position = stream.position
     try:
-      for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-        if count >= OPCODES:
-          raise Refused(f"its pickle has more than {OPCODES} opcodes")
+      for _ in range(OPCODES):
+        position = stream.position
+        opcode = read_opcode(stream)
         if opcode.name == "STOP":
           break
-        self.step(opcode.name, argument)
+        self.step(opcode.name, read_argument(stream, opcode))
+      else:
+        raise Refused(f"its pickle has more than {OPCODES} opcodes")
       value = self.pop()
     except Refused as error:
       raise Refused(f"{error} (at byte {position})", error.remedy) from None
     except ValueError as error:  # what pickletools raises
-      text = f"its pickle is damaged or cut off after byte {position}: {str(error)[:200]}"
+      text = f"its pickle is damaged or cut off at byte {position}: {str(error)[:200]}"
       raise Refused(text, "download it again") from error
     if self.stack or self.below:
       raise Refused("its pickle ends before it is complete")
@@ -207,8 +209,6 @@ class Machine:
       self.stack.append(tuple(items))
     elif name in HANDLERS:
       HANDLERS[name](self, argument)
-    elif name not in ("PROTO", "FRAME"):
-      raise Refused(f"its pickle uses {name}, which no dictionary of tensors needs")
 
   def top(self):
     if not self.stack:
@@ -332,6 +332,33 @@ HANDLERS = {
   "BUILD": Machine.build,
   "BINPERSID": Machine.storage,
 }
+
+
+OPCODE_NAMES = {*CONSTANTS, *NUMBERS, *TEXTS, *TUPLES, *STORES, *FETCHES, *HANDLERS}
+OPCODE_NAMES |= {"PROTO", "FRAME", "MARK", "TUPLE", "STOP"}
+
+
+def read_opcode(stream: Stream) -> pickletools.OpcodeInfo:
+  """The next opcode without its argument. Raises Refused for those that the machine does not know."""
+  code = stream.read(1)
+  if not code:
+    raise Refused("its pickle is damaged or cut off: it ends before its last opcode", "download it again")
+  opcode = pickletools.code2op.get(code.decode("latin-1"))
+  if opcode is None:
+    raise Refused(f"its pickle is damaged: {code[0]:#x} is no opcode", "download it again")
+  if opcode.name not in OPCODE_NAMES:
+    raise Refused(f"its pickle uses {opcode.name}, which no dictionary of tensors needs")
+  return opcode
+
+
+def read_argument(stream: Stream, opcode: pickletools.OpcodeInfo):
+  """The argument of an opcode, None without one."""
+  if opcode.name == "GLOBAL":  # pickletools would take backslashes in names for escapes
+    module, name = stream.readline(), stream.readline()
+    if not module.endswith(b"\n") or not name.endswith(b"\n"):
+      raise ValueError("a name without an end")
+    return f"{module[:-1].decode('utf-8', 'replace')} {name[:-1].decode('utf-8', 'replace')}"
+  return opcode.arg.reader(stream) if opcode.arg else None
 
 
 def show(name: str) -> str:
