@@ -1,6 +1,7 @@
 """Files of PyTorch against PyTorch itself: what it writes is read, what is written here it reads."""
 
 import collections
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -110,8 +111,12 @@ def arrays_of_every_kind():
   return arrays
 
 
-@pytest.mark.parametrize("mapped", [True, False])
-def test_torch_reads_what_is_written(tmp_path, mapped):
+@pytest.mark.parametrize("wide", [True, False], ids=["64 bits", "32 bits"])
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "read"])
+def test_torch_reads_what_is_written(tmp_path, monkeypatch, mapped, wide):
+  """`wide`: with the records that archives above 4 GB have."""
+  if wide:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 20)
   arrays = arrays_of_every_kind()
   write_torch_bin(tmp_path / "model.bin", InMemory(arrays))
   loaded = torch.load(tmp_path / "model.bin", weights_only=True, mmap=mapped)
