@@ -44,7 +44,8 @@ def parse(path: Place, source: Bytes) -> dict[str, Stored]:
   Raises WeightsError for anything the format does not allow: a header beyond the end of the file or above 100 MB, a
   name that stands twice, a tensor whose bytes do not match its shape and type, gaps or overlaps between tensors, bytes
   that no tensor claims. A type that is not read here, such as the 4-bit ones, is refused too, since the extents of its
-  tensors could not be checked.
+  tensors could not be checked. Whatever the file says, reading its header takes less than 1 GiB of memory beyond the
+  file's own size.
   """
   try:
     start, header = read_header(source)

@@ -28,7 +28,8 @@ def parse(path: Place, source: Bytes) -> dict[str, Stored]:
 
   Raises WeightsError for a damaged file, a pickle that asks for anything but tensors, names that stand twice, storages
   whose size is not what the pickle says or that overlap, tensors that reach beyond their storage or overlap themselves.
-  Several tensors may share a storage, as tied weights do.
+  Several tensors may share a storage, as tied weights do. Whatever the file says, reading its description takes less
+  than 512 MiB of memory beyond the file's own size.
   """
   start = source.view(0, min(512, source.size)).tobytes()
   try:

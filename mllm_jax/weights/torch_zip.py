@@ -17,6 +17,7 @@ LOCATOR64 = struct.Struct("<4sLQL")
 CENTRAL = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 MAX_COMMENT = 2**16
+PADDING = 160  # at least what an entry may have of it, with the 64-bit sizes
 ENTRIES = 2**18  # storages and a handful more
 ENCRYPTED, SIZES_FOLLOW = 1, 8  # flags
 FULL = 0xFFFFFFFF  # the number stands in the 64-bit extra field
@@ -154,9 +155,9 @@ def locate(source: Bytes, listed: Listed, limit: int) -> Entry:
   position = listed.header + LOCAL.size
   if position > limit:
     raise ZipError(f"the entry {brief(name)} should start at byte {listed.header}, beyond the end")
-  mark, _, flags, method, _, _, crc, packed, size, length, extra = LOCAL.unpack(
-    source.view(listed.header, position).tobytes()
-  )
+  # The name and torch's padding with it, in one go: of a remote file each range is a request.
+  own = source.view(listed.header, min(limit, position + len(listed.name) + PADDING)).tobytes()
+  mark, _, flags, method, _, _, crc, packed, size, length, extra = LOCAL.unpack_from(own)
   if mark != b"PK\x03\x04":
     raise ZipError(f"the entry {brief(name)} has no header at byte {listed.header}, where the directory says")
   start = position + length + extra
@@ -165,9 +166,11 @@ def locate(source: Bytes, listed: Listed, limit: int) -> Entry:
   own = source.view(position, start).tobytes()
   if FULL in (size, packed):
     size, packed = in_64_bits(own[length:], size, packed)
-  # An entry written in one go has its size and checksum behind it, and zeros in its header.
-  sizes = ((listed.size, listed.size, listed.crc),) + (((0, 0, 0),) if flags & SIZES_FOLLOW else ())
-  if own[:length] != listed.name or method or flags != listed.flags or (size, packed, crc) not in sizes:
+  # An entry written in one go has its size and checksum behind it, and may have zeros in its header.
+  zero = 0 if flags & SIZES_FOLLOW else listed.size
+  sizes = all(number in (zero, listed.size) for number in (size, packed))
+  checksum = crc == listed.crc or (crc == 0 and flags & SIZES_FOLLOW)
+  if own[:length] != listed.name or method or flags & ENCRYPTED or not sizes or not checksum:
     raise ZipError(f"the entry {brief(name)} has another name, size or form in its own header than in the directory")
   return Entry(name, start, start + listed.size, listed.crc, listed.header)
 

@@ -20,6 +20,7 @@ from torch_bytes import (
   zip_file,
 )
 
+from mllm_jax.weights import torch_bin, torch_pickle
 from mllm_jax.weights.io import WeightsError, open_weights
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -131,7 +132,7 @@ def test_names_and_storages_that_stand_twice(refused, legacy):
 
 
 @FORMATS
-def test_what_would_take_memory_or_time(refused, legacy):
+def test_what_would_take_memory_or_time(refused, legacy, monkeypatch):
   """Indices and lengths out of the file, and structures that are small only while nobody writes them out."""
   pair = b"\x80\x02N" + b"q\x00h\x00\x86" * 70  # 2**70 leaves
   refused(file_of(b"\x80\x02N" + b"r\xff\xff\xff\x7f" + b"j\xff\xff\xff\x7f0.", legacy), "uses POP")
@@ -143,7 +144,12 @@ def test_what_would_take_memory_or_time(refused, legacy):
   refused(file_of(dictionary(("a", pair[2:])), legacy), "'a' is a tuple of 2, not a tensor")
   refused(file_of(b"\x80\x02" + b"]" + b"q\x00h\x00a" + b".", legacy), "holds a list")  # a list in itself
   refused(file_of(b"\x80\x02N" + b"\x85" * 200_000 + b".", legacy), "holds a tuple")
-  refused(file_of(b"\x80\x02" + b"}" * 4_000_001 + b".", legacy), "more than 4000000 opcodes")
+  monkeypatch.setattr(torch_pickle, "OPCODES", 5000)
+  refused(file_of(b"\x80\x02" + b"}" * 5000 + b".", legacy), "more than 5000 opcodes")
+  monkeypatch.setattr(torch_pickle, "PICKLE_BYTES", 5000)
+  monkeypatch.setattr(torch_bin, "PICKLE_BYTES", 5000)
+  long = b"\x80\x02X" + struct.pack("<I", 5000) + b"x" * 5000 + b"."
+  refused(file_of(long, legacy), "damaged or cut off" if legacy else "its data.pkl has 5008 bytes; 5000 are the most")
 
 
 @FORMATS
