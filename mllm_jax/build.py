@@ -22,10 +22,9 @@ from mllm_jax.config import (
   MeshConfig,
   ModelConfig,
   ModelRecipe,
-  StageConfig,
   from_dict,
 )
-from mllm_jax.data.chat import load_tokenizer
+from mllm_jax.data.chat import VOCABULARY_FILES, load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm, abstract
@@ -42,7 +41,7 @@ FINISHED_MODEL = "model"  # where a run leaves its finished model
 DEFAULT_LENGTH = DataConfig().max_length
 
 
-# ---- for the trainer ---------------------------------------------------------------------------------------------------
+# ---- for the trainer -------------------------------------------------------------------------------------------------
 
 
 def architecture(recipe: ModelRecipe, lora: LoraConfig) -> ModelConfig:
@@ -84,7 +83,7 @@ def tokenizer_folder(llm: str) -> str:
   found, _ = part_of(llm, "decoder")
   if not found.tokenizer:
     raise WeightsError(
-      f"{llm} holds no tokenizer; looked for {', '.join(folder.TOKENIZER_FILES)}; copy the language model's there"
+      f"{llm} holds no tokenizer; looked for {', '.join(VOCABULARY_FILES)}; copy the language model's there"
     )
   return found.tokenizer
 
@@ -163,7 +162,7 @@ def check_fingerprints(meta: dict[str, Any], recipe: ModelRecipe, where: str) ->
       )
 
 
-# ---- a trained model ---------------------------------------------------------------------------------------------------
+# ---- a trained model -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,18 @@ def parser() -> Parser:
   write.add_argument(
     "--dtype", default="", choices=("", "bfloat16", "float16", "float32"), help="default: as most of it is stored"
   )
+  write.add_argument(
+    "--vision_tower",
+    default="",
+    metavar="DIR|REPO",
+    help="of official: where the released code finds the tower (default: where it was imported from)",
+  )
+  write.add_argument(
+    "--base_model",
+    default="",
+    metavar="DIR|REPO",
+    help="of an adapter apart: the language model under it (default: where that was imported from)",
+  )
   add_out(write)
 
   look = command("inspect", INSPECT, "what a path holds, tensor by tensor")
@@ -176,6 +188,8 @@ def run_export(args: argparse.Namespace) -> None:
       Path(args.out),
       merge=merge,
       dtype=args.dtype,
+      vision_tower=args.vision_tower,
+      base_model=args.base_model,
       overwrite=args.overwrite,
       progress=progress,
     )

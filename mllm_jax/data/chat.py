@@ -7,8 +7,12 @@ counts tokens again; it loses a whole sample when an answer contains a separator
 differ in length.
 """
 
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +25,15 @@ VICUNA_SYSTEM = (
   "A chat between a curious user and an artificial intelligence assistant. "
   "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is the tokenizer itself
+TOKENIZER_FILES = (
+  *VOCABULARY_FILES,
+  "merges.txt",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+)
 PRIVATE_USE = range(0xE000, 0xF900)  # Unicode's characters without a meaning
 
 
@@ -121,18 +133,20 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
   """
   if not os.path.isdir(folder):
     raise DataError(
-      f"{folder}: no such folder; name a local Hugging Face folder with one of {', '.join(TOKENIZER_FILES)} in it"
+      f"{folder}: no such folder; name a local Hugging Face folder with one of {', '.join(VOCABULARY_FILES)} in it"
     )
-  if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
+  if not any(os.path.isfile(os.path.join(folder, name)) for name in VOCABULARY_FILES):
     raise DataError(
-      f"{folder}: holds no tokenizer; looked for {', '.join(TOKENIZER_FILES)}; copy the language model's there"
+      f"{folder}: holds no tokenizer; looked for {', '.join(VOCABULARY_FILES)}; copy the language model's there"
     )
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not missing here: tokenizers need none
   from transformers import AutoTokenizer  # takes a second, and most of this package does without it
 
   try:
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    backend = tokenizer.backend_tokenizer
+    with tempfile.TemporaryDirectory() as alone:
+      copy_tokenizer(folder, alone)
+      tokenizer = AutoTokenizer.from_pretrained(alone, local_files_only=True)
+      backend = tokenizer.backend_tokenizer
   except Exception as error:  # the library raises whatever the file formats below it raise
     raise DataError(
       f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
@@ -143,6 +157,29 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
   first = tokenizer("a").input_ids[0]
   bos_id = first if first == tokenizer.bos_token_id else None
   return ChatTokenizer(backend.to_str(), bos_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
+
+
+def copy_tokenizer(folder: str | os.PathLike, to: str | os.PathLike) -> None:
+  """Copies a tokenizer's files out of a model's folder into another, which is made if it is not there.
+
+  Of config.json only the language model's type comes along, for folders whose tokenizer_config.json names no class:
+  transformers 5 makes another tokenizer, with other ids, of the same files beside the config.json of a LLaVA model.
+
+  Raises:
+    ValueError: config.json or tokenizer_config.json is no JSON object.
+  """
+  folder, to = Path(folder), Path(to)
+  to.mkdir(parents=True, exist_ok=True)
+  for name in TOKENIZER_FILES:
+    if (folder / name).is_file():
+      shutil.copyfile(folder / name, to / name)
+  read = lambda file: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+  if read(folder / "tokenizer_config.json").get("tokenizer_class") or not (folder / "config.json").is_file():
+    return
+  config = read(folder / "config.json")
+  kind = config.get("text_config", config).get("model_type", "llama")
+  kind = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}.get(kind, kind)
+  (to / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
 
 
 def vicuna_v1(turns: Sequence[Turn], system: str | None) -> list[Piece]:

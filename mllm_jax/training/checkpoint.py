@@ -98,9 +98,9 @@ class Checkpoints:
     )
     with self._explained():
       found = ocp.PyTreeCheckpointer().restore(self.folder / str(step) / "state", args=args)["trainable"]
-    wrong = [f"{path} is {found[path].shape}, not {x.shape}" for path, x in like.items() if found[path].shape != x.shape]
+    wrong = [path for path, x in like.items() if found[path].shape != x.shape]
     if wrong:
-      raise CheckpointError(f"{self.folder}: step {step} is of another model: {', '.join(wrong[:6])}")
+      raise CheckpointError(f"{self.folder}: in step {step} {', '.join(wrong[:6])} are of another model's shape")
     return found
 
   def close(self) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from flax import nnx
 
 from mllm_jax import parameters
-from mllm_jax.config import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
+from mllm_jax.config import LoraConfig, ModelConfig, VisionConfig
 from mllm_jax.models import projectors
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.vision import VisionTower
-from mllm_jax.weights import places
+from mllm_jax.weights import peft, places
 from mllm_jax.weights.fingerprint import fingerprint
 from mllm_jax.weights.folder import Manifest
 from mllm_jax.weights.known import WeightsError, lookup
@@ -114,8 +114,8 @@ def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, 
     configs["vision"] = vision_config(*chosen["vision"], whole or chosen["vision"][0])
   elif whole is not None and whole.tower:
     raise WeightsError(
-      f"{whole.path} was trained on the tower {whole.tower}, which is not in it; name that tower's folder with --vision "
-      f"(hf download {whole.tower} --local-dir FOLDER)"
+      f"{whole.path} was trained on the tower {whole.tower}, which is not in it; name that tower's folder with "
+      f"--vision (hf download {whole.tower} --local-dir FOLDER)"
     )
   if "lora" in chosen and "decoder" not in chosen:
     base = chosen["lora"][0].base or "its base model"
@@ -137,8 +137,15 @@ def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, 
   sources, tensors = {}, []
   for name in ordered:
     found, part = chosen[name]
+    if name == "lora" and part.table is not None:  # layers that it leaves out at the end do not show in it
+      _, weights = peft.open_adapter(part.origin, configs["decoder"].layers)
+      part = dataclasses.replace(part, weights=weights)
     tensors.append(part_tensors(name, part, ordered))
-    sources[name] = {"path": part.origin, "family": found.family, "fingerprint": fingerprint(part.weights)}
+    sources[name] = found.sources.get(name) or {
+      "path": part.origin,
+      "family": found.family,
+      "fingerprint": fingerprint(part.weights),
+    }
   tokens = chosen["decoder"][0].tokenizer if "decoder" in chosen else ""
   if not tokens and whole is not None:
     tokens = whole.tokenizer

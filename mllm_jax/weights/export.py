@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.config import LoraConfig, ModelConfig
-from mllm_jax.weights import clip, folder, llama, mlp, peft, siglip, side_files, spatial
+from mllm_jax.weights import clip, folder, llama, mlp, peft, side_files, siglip, spatial
 from mllm_jax.weights.assemble import StoredModel, belongs
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.mapping import Theirs
@@ -32,6 +32,8 @@ def export(
   *,
   merge: bool,
   dtype: str = "",
+  vision_tower: str = "",
+  base_model: str = "",
   overwrite: bool = False,
   progress: Progress | None = None,
 ) -> None:
@@ -42,6 +44,9 @@ def export(
       LLaVA-SP code loads) or "peft" (the adapter and the projector only).
     merge: folds the adapter into the decoder; otherwise it is written apart.
     dtype: of the weights, "" for the one that most of them are stored in.
+    vision_tower: of "official", where the released code shall find the tower: a folder or a repository; "" for where
+      the model has it from.
+    base_model: the same for the language model under an adapter that is written apart.
 
   Raises WeightsError where the model does not fit the layout, or `out` exists and may not be overwritten.
   """
@@ -55,14 +60,18 @@ def export(
     raise WeightsError(f"format {layout!r} is unknown; known: {', '.join(FORMATS)}")
   if layout != "peft" and not stored.tokenizer:
     raise WeightsError("the model has no tokenizer, which other tools need; import it again with its tokenizer")
+  base = base_model or origin(stored, "decoder", ("language model",), "--base_model") if lora is not None else ""
+  tower = vision_tower
+  if layout == "official" and not tower:
+    tower = origin(stored, "vision", ("vision tower",), "--vision_tower")
   source = Cast(stored.tensors, np.dtype(dtype or stored.dtype()))
   with folder.beside(out, overwrite=overwrite) as partial:
     if layout == "hf":
       write_hf(partial, stored, config, source, progress)
     elif layout == "official":
-      write_official(partial, stored, config, source, progress)
+      write_official(partial, stored, config, source, tower, base, progress)
     else:
-      write_adapter(partial, source, lora, base_model(stored), peft.PREFIX, progress)
+      write_adapter(partial, source, lora, base, peft.PREFIX, progress)
       write_torch_bin(
         partial / "non_lora_trainables.bin", projector(source, config, RELEASED_PROJECTOR), progress=progress
       )
@@ -99,12 +108,18 @@ def write_hf(out: Path, stored: StoredModel, config: ModelConfig, source: Tensor
 
 
 def write_official(
-  out: Path, stored: StoredModel, config: ModelConfig, source: Tensors, progress: Progress | None
+  out: Path,
+  stored: StoredModel,
+  config: ModelConfig,
+  source: Tensors,
+  tower: str,
+  base: str,
+  progress: Progress | None,
 ) -> None:
   """What the released code loads: with an adapter, the folder of a LoRA run, else a whole model."""
   lora = stored.manifest.parts.get("lora")
   if lora is not None:
-    write_adapter(out, source, lora, base_model(stored), peft.PREFIX, progress)
+    write_adapter(out, source, lora, base, peft.PREFIX, progress)
     write_torch_bin(out / "non_lora_trainables.bin", projector(source, config, RELEASED_PROJECTOR), progress=progress)
   else:
     decoder = Theirs(part(source, "decoder"), llama.table(config.decoder))
@@ -113,8 +128,8 @@ def write_official(
     out,
     config,
     stored.tokenizer,
-    vision_source=stored.manifest.sources.get("vision", {}).get("path", ""),
-    base_model=base_model(stored),
+    vision_source=tower,
+    base_model=base or stored.manifest.sources.get("decoder", {}).get("path", ""),
     dtype=str(source.to),
     lora=lora is not None,
   )
@@ -143,6 +158,13 @@ def part(source: Tensors, name: str) -> Tensors:
   return Chosen(source, [path for path in source.names() if belongs(path) == name])
 
 
-def base_model(stored: StoredModel) -> str:
-  """Where the decoder came from."""
-  return stored.manifest.sources.get("decoder", {}).get("path", "")
+def origin(stored: StoredModel, name: str, families: tuple[str, ...], option: str) -> str:
+  """Where a part came from. Raises WeightsError where that was not a checkpoint of the part alone, which is what other
+  tools can read it from."""
+  source = stored.manifest.sources.get(name, {})
+  if not any(family in source.get("family", "") for family in families):
+    raise WeightsError(
+      f"the model's {name} is from {source.get('path') or 'this project'} ({source.get('family', 'trained here')}); "
+      f"say with {option} where its {families[0]} lies by itself, as a folder or a repository"
+    )
+  return source["path"]

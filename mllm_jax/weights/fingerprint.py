@@ -2,8 +2,8 @@
 
 import hashlib
 
-from mllm_jax.weights.io import Weights
 from mllm_jax.weights import places
+from mllm_jax.weights.io import Weights
 
 BLOCKS, BLOCK_BYTES = 16, 2**16
 

@@ -20,22 +20,13 @@ from typing import Any
 
 import mllm_jax
 from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig, from_dict, to_dict
+from mllm_jax.data.chat import copy_tokenizer
 from mllm_jax.weights.known import WeightsError, read_json
 from mllm_jax.weights.tensors import Tensors
 from mllm_jax.weights.write import write_safetensors
 
 MANIFEST = "mllm_jax.json"
 TOKENIZER = "tokenizer"
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "vocab.json",
-  "merges.txt",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-)
 FORMAT = 1
 CONFIGS = {"vision": VisionConfig, "decoder": DecoderConfig, "projector": ProjectorConfig, "lora": LoraConfig}
 PACKAGES = ("mllm_jax", "jax", "flax", "numpy")
@@ -89,7 +80,7 @@ def write(
   with beside(path, overwrite=overwrite) as partial:
     write_safetensors(partial, tensors, progress=progress)
     if tokenizer:
-      copy_tokenizer(Path(tokenizer), partial / TOKENIZER)
+      copy_tokenizer(tokenizer, partial / TOKENIZER)
     content = {
       "format": FORMAT,
       "parts": {name: to_dict(config) for name, config in manifest.parts.items()},
@@ -104,14 +95,6 @@ def write(
 def version(package: str) -> str:
   """The installed version of a package; of this one also where it runs from a checkout."""
   return mllm_jax.__version__ if package == "mllm_jax" else importlib.metadata.version(package)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-  """Copies the files of a tokenizer."""
-  target.mkdir(exist_ok=True)
-  for name in TOKENIZER_FILES:
-    if (source / name).is_file():
-      shutil.copyfile(source / name, target / name)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.config import DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig
+from mllm_jax.data import chat
 from mllm_jax.weights import clip, folder, llama, mlp, peft, places, qwen2, siglip, spatial
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, missing, read_json
 from mllm_jax.weights.tables import Table
 
 PARTS = ("vision", "decoder", "projector", "lora")
-SIDE_FILES = (*folder.TOKENIZER_FILES, "config.json", "adapter_config.json", folder.MANIFEST)
+SIDE_FILES = (*chat.TOKENIZER_FILES, "config.json", "adapter_config.json", folder.MANIFEST)
 SIDE_FILES += ("preprocessor_config.json", "processor_config.json")
 TOWERS = {"clip": clip, "clip_vision_model": clip, "siglip": siglip, "siglip_vision_model": siglip}
 DECODERS = {"llama": llama, "qwen2": qwen2}
@@ -54,6 +55,7 @@ class Found:
   template: of the conversations it was trained on, "" where it does not say.
   select_layer: which of the tower's layers the projector takes, None where it does not say.
   tower, base: where the checkpoint says that the tower and the language model beside it came from, "" if it does not.
+  sources: where each part had come from before, in folders that know it.
   notes: what a user should know about it.
   """
 
@@ -65,6 +67,7 @@ class Found:
   select_layer: int | None = None
   tower: str = ""
   base: str = ""
+  sources: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
 
 
@@ -97,9 +100,11 @@ def of_ours(path: places.Place, local: Path) -> Found:
   weights = open_weights(path)
   parts = {name: Part(weights, str(path), config, None) for name, config in manifest.parts.items()}
   tokenizer = places.join(path, folder.TOKENIZER)
-  if places.is_dir(tokenizer):
-    tokenizer = places.local_copy(tokenizer, list(folder.TOKENIZER_FILES))
-  return Found(str(path), f"mllm_jax model ({', '.join(parts)})", parts, str(tokenizer), manifest.template)
+  if places.is_remote(tokenizer) and places.is_dir(tokenizer):
+    tokenizer = places.local_copy(tokenizer, [*chat.TOKENIZER_FILES, "config.json"])
+  tokenizer = str(tokenizer) if places.is_dir(tokenizer) else ""
+  family = f"mllm_jax model ({', '.join(parts)})"
+  return Found(str(path), family, parts, tokenizer, manifest.template, sources=manifest.sources)
 
 
 def of_adapter(path: places.Place, local: Path, names: list[str]) -> Found:
@@ -186,8 +191,8 @@ def cropping(local: Path) -> tuple[str, ...]:
   if not content.get("do_center_crop", False) or content.get("do_pad", False):
     return ()
   return (
-    "its preprocessor_config.json cuts pictures to a square; here they are padded to one, as the released LLaVA-1.5 was "
-    "trained",
+    "its preprocessor_config.json cuts pictures to a square; here they are padded to one, as the released LLaVA-1.5 "
+    "was trained",
   )
 
 
@@ -262,7 +267,7 @@ def projector_config(part: Part, grid: int) -> ProjectorConfig:
 
 def tokenizer_of(local: Path, names: list[str]) -> str:
   """The folder, where it holds a tokenizer."""
-  return str(local) if {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(names) else ""
+  return str(local) if set(chat.VOCABULARY_FILES) & set(names) else ""
 
 
 def holds(weights: Weights, pattern: str) -> bool:

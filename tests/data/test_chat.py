@@ -1,5 +1,7 @@
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,3 +203,19 @@ def test_tokenizer_folders_that_are_none(tmp_path):
   (tmp_path / "tokenizer.json").write_text("{")
   with pytest.raises(DataError, match="the tokenizer cannot be loaded"):
     chat.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "kind, named", [("llava", True), ("llava", False), ("llava_llama", True), ("llava_llama", False)]
+)
+def test_the_config_beside_a_tokenizer_does_not_change_its_ids(tmp_path, kind, named):
+  """transformers 5 leaves out the space before a text where config.json says llava."""
+  shutil.copyfile(Path(__file__).parents[1] / "goldens" / "sp" / "tiny_spm.model", tmp_path / "tokenizer.model")
+  settings = {"legacy": False, "add_bos_token": True, "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+  settings |= {"tokenizer_class": "LlamaTokenizer"} if named else {}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  text = [chat.Piece("text", "Hi there"), chat.END, chat.Piece("text", "USER: what\nis")]
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+  expected = chat.load_tokenizer(str(tmp_path)).encode_chunk(text).ids
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {"model_type": "llama"}}))
+  np.testing.assert_array_equal(chat.load_tokenizer(str(tmp_path)).encode_chunk(text).ids, expected)
