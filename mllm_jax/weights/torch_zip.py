@@ -19,6 +19,7 @@ LOCAL = struct.Struct("<4s5H3L2H")
 MAX_COMMENT = 2**16
 PADDING = 160  # at least what an entry may have of it, with the 64-bit sizes
 ENTRIES = 2**18  # storages and a handful more
+DIRECTORY_BYTES = 64 * 2**20
 ENCRYPTED, SIZES_FOLLOW = 1, 8  # flags
 FULL = 0xFFFFFFFF  # the number stands in the 64-bit extra field
 
@@ -50,8 +51,9 @@ class Listed(NamedTuple):
 def entries(source: Bytes) -> dict[str, Entry]:
   """All entries of an archive by name. Raises ZipError."""
   start, stop, count = directory(source)
-  if count > ENTRIES:
-    raise ZipError(f"it lists {count} entries, and {ENTRIES} are the most that is read")
+  if count > ENTRIES or stop - start > DIRECTORY_BYTES:
+    most = f"{ENTRIES} in {DIRECTORY_BYTES}"
+    raise ZipError(f"it lists {count} entries in {stop - start} bytes, and {most} are the most that is read")
   content = source.view(start, stop).tobytes()
   found: dict[str, Entry] = {}
   position = 0

@@ -29,10 +29,12 @@ from mllm_jax.weights.torch_pickle import STORAGE_DTYPES, TENSOR_DTYPES
 PIECE_BYTES = 128 * 2**20
 SHARD_BYTES = 5 * 10**9  # what transformers cuts checkpoints into
 PARTIAL = ".partial"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGE_DTYPES.items()}
 TENSOR_NAMES = {np.dtype(dtype): name for name, dtype in TENSOR_DTYPES.items()}
 TORCH_ALIGNMENT = 64
+ENTRY_BYTES = 400  # of an archive for a tensor: two headers with its name, padding
 LOCAL_HEADER_BYTES, ZIP64_BYTES, PADDING_HEADER_BYTES = 30, 20, 4
 Progress = Callable[[int], None]
 
@@ -177,11 +179,16 @@ def refuse_others(folder: Path, stem: str, ours: set[str]) -> None:
 
 def check_room(folder: Path, needed: int) -> None:
   """Raises WeightsError where a folder's disk has less than `needed` bytes left."""
+  if needed > shutil.disk_usage(folder).free:
+    raise no_room(folder, needed)
+
+
+def no_room(folder: Path, needed: int) -> WeightsError:
+  """The error for a disk without room for `needed` bytes more."""
   free = shutil.disk_usage(folder).free
-  if needed > free:
-    raise WeightsError(
-      f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose another disk"
-    )
+  return WeightsError(
+    f"{folder}: {needed / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free; make room or choose another disk"
+  )
 
 
 def allocate(file: int, folder: Path, size: int) -> None:
@@ -192,12 +199,8 @@ def allocate(file: int, folder: Path, size: int) -> None:
     else:
       os.ftruncate(file, size)
   except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-      free = shutil.disk_usage(folder).free
-      raise WeightsError(
-        f"{folder}: no room for a file of {size / 1e9:.2f} GB ({error.strerror}; {free / 1e9:.2f} GB are free); make "
-        "room or choose another disk"
-      ) from error
+    if error.errno in FULL_DISK:
+      raise no_room(folder, size) from error
     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
       raise
     os.ftruncate(file, size)  # this file system cannot take space ahead
@@ -293,7 +296,8 @@ def write_torch_bin(path: str | Path, tensors: Tensors, *, progress: Progress | 
   names = tensors.names()
   described = pickle_of(path, tensors, names)
   path.parent.mkdir(parents=True, exist_ok=True)
-  check_room(path.parent, sum(byte_count(tensors, name) for name in names) + len(described) + 400 * (len(names) + 4))
+  needed = sum(byte_count(tensors, name) for name in names) + len(described) + ENTRY_BYTES * (len(names) + 4)
+  check_room(path.parent, needed)
   root, written = path.stem, 0
   try:
     with open(partial(path), "wb") as file:
@@ -311,6 +315,10 @@ def write_torch_bin(path: str | Path, tensors: Tensors, *, progress: Progress | 
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial(path), path)
+  except OSError as error:
+    if error.errno in FULL_DISK:  # something else took the room meanwhile
+      raise no_room(path.parent, needed) from error
+    raise
   finally:
     partial(path).unlink(missing_ok=True)
   sync_folder(path.parent)

@@ -65,6 +65,15 @@ def test_what_torch_saves(tmp_path, zip_format, protocol):
   assert_same(open_weights(path), state)
 
 
+def test_files_without_checksums(tmp_path):
+  torch.serialization.set_crc32_options(False)
+  try:
+    torch.save({"a": torch.arange(5.0)}, tmp_path / "model.bin")
+  finally:
+    torch.serialization.set_crc32_options(True)
+  np.testing.assert_array_equal(open_weights(tmp_path).read("a"), np.arange(5.0))
+
+
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_what_a_module_saves(tmp_path, zip_format):
   """Its dictionary carries `_metadata`, and its tensors are parameters and buffers."""

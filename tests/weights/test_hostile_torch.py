@@ -20,7 +20,7 @@ from torch_bytes import (
   zip_file,
 )
 
-from mllm_jax.weights import torch_bin, torch_pickle
+from mllm_jax.weights import torch_bin, torch_pickle, torch_zip
 from mllm_jax.weights.io import WeightsError, open_weights
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -191,6 +191,15 @@ def test_entries_that_stand_twice(refused):
   with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(buffer, "a") as archive:
     archive.writestr("archive/data/0", A.tobytes())
   refused(buffer.getvalue(), "'archive/data/0' stands there twice")
+
+
+def test_a_directory_without_end(refused, monkeypatch):
+  content = zip_file(PICKLE, {str(number): b"" for number in range(100)})
+  monkeypatch.setattr(torch_zip, "ENTRIES", 101)
+  refused(content, "it lists 102 entries in [0-9]+ bytes, and 101 in")
+  monkeypatch.setattr(torch_zip, "ENTRIES", 102)
+  monkeypatch.setattr(torch_zip, "DIRECTORY_BYTES", 5000)
+  refused(content, "and 102 in 5000 are the most that is read")
 
 
 def test_a_changed_pickle(refused):
