@@ -6,6 +6,7 @@ only.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -32,6 +33,7 @@ from mllm_jax.weights.tables import (  # noqa: F401
 )
 from mllm_jax.weights.tensors import InMemory, Tensors, is_float
 
+READ_BYTES = 2**27  # of a file, between two releases of its pages
 LISTED = 12  # problems of one kind that an error spells out
 
 
@@ -77,15 +79,26 @@ class Ours:
     source = self.sources[path]
     index = index or buffers.whole(self.shapes[path])
     out = buffers.empty(tuple(part.stop - part.start for part in index), self.dtype(path))
-    transform = source.row.transform
     if not source.row.stacked:
-      buffers.copy(out, transform.read(self.weights, source.names[0], index))
-      self.weights.release(source.names[0])
+      self._fill(out, source.names[0], source.row.transform, index)
       return out
     for place, layer in enumerate(range(index[0].start, index[0].stop)):
-      buffers.copy(out[place], transform.read(self.weights, source.names[layer], index[1:]))
-      self.weights.release(source.names[layer])
+      self._fill(out[place], source.names[layer], source.row.transform, index[1:])
     return out
+
+  def _fill(self, out: np.ndarray, name: str, transform: Transform, index: Index) -> None:
+    """Copies a part of one tensor, giving back what was read of the file as it goes: a part that is small may be spread
+    over all of a large tensor."""
+    shape, axis = self.weights.shape(name), transform.outer
+    if not shape:
+      out[...] = self.weights.read(name)
+      return
+    span = math.prod(shape[1:]) * self.weights.dtype(name).itemsize
+    step = max(1, READ_BYTES // max(1, span))
+    for start in range(index[axis].start, index[axis].stop, step):
+      cut = (*index[:axis], slice(start, min(index[axis].stop, start + step)), *index[axis + 1 :])
+      buffers.copy(out[buffers.within(cut, index)], transform.read(self.weights, name, cut))
+      self.weights.release(name)
 
   def release(self, path: str) -> None:
     pass  # read copies, and has released what it read

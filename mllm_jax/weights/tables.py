@@ -29,6 +29,11 @@ class Permute:
       return foreign
     return tuple(foreign[axis] for axis in self.axes) if len(foreign) == len(self.axes) else None
 
+  @property
+  def outer(self) -> int:
+    """The axis of our array along which the foreign one lies in one piece after another."""
+    return self.axes.index(0) if self.axes else 0
+
   def foreign_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
     """The other way round."""
     return tuple(ours[axis] for axis in self._back) if self.axes else ours
@@ -56,6 +61,8 @@ class PatchKernel:
   """The convolution (C, 3, p, p) that embeds patches, as the matrix [p * p * 3, C] that takes a patch's rows of pixels
   with their colours innermost.
   """
+
+  outer = 1
 
   def shape(self, foreign: tuple[int, ...]) -> tuple[int, ...] | None:
     return (math.prod(foreign[1:]), foreign[0]) if len(foreign) == 4 else None
