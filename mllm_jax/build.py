@@ -199,6 +199,22 @@ def read_config(workdir: str) -> Config:
     raise ConfigError(f"{path} is not JSON ({error}); it was written by the trainer and must not be edited") from error
 
 
+def finished(workdir: str) -> bool:
+  """Whether a run's folder holds the whole model of its last checkpoint."""
+  from mllm_jax.training.checkpoint import Checkpoints
+
+  path = Path(workdir) / FINISHED_MODEL
+  if not (path / folder.MANIFEST).is_file():
+    return False
+  run = folder.read(path).run
+  for name in reversed(STAGES):
+    checkpoints = Path(workdir) / name / "checkpoints"
+    step = Checkpoints(checkpoints).latest() if checkpoints.is_dir() else None
+    if step is not None:
+      return (run.get("stage"), run.get("step")) == (name, step)
+  return True  # the checkpoints were removed to save space
+
+
 def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
   """The model of the last stage that has a checkpoint in a run's folder: the frozen halves where they were, and what
   was trained, read into the host's memory.
@@ -238,7 +254,7 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
     run = {"name": config.name, "stage": name, "step": step}
     manifest = folder.Manifest(parts, config.finetune.data.template, sources, run)
     ordered = Chosen(Joined(*tensors), list(shapes))
-    return assemble.StoredModel(manifest, ordered, tokenizer_folder(config.model.llm)), config
+    return assemble.StoredModel(manifest, ordered, str(Path(workdir) / folder.TOKENIZER)), config
   raise ConfigError(f"{workdir}: no checkpoint yet; train first, or wait for the first one")
 
 
@@ -255,13 +271,12 @@ def open_any(path: str, **others: str) -> assemble.StoredModel:
   """The model at a path: a folder that this project wrote, a training run's, or a checkpoint of any family that
   `weights.recognise` knows. `others` are those of `assemble.open_model`; they replace parts."""
   if is_run(path):
-    finished = Path(path) / FINISHED_MODEL
-    if not (finished / folder.MANIFEST).is_file():
+    if not finished(path):
       given = ", ".join(name for name, value in others.items() if value)
       if given:
         raise WeightsError(f"{path} is a training run, whose parts are settled; leave out {given}")
       return open_run(path)[0]
-    path = str(finished)
+    path = str(Path(path) / FINISHED_MODEL)
   return assemble.open_model(path, **others)
 
 

@@ -227,6 +227,7 @@ class Config:
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
   max_nonfinite: int = 5  # steps in a row whose loss or gradient is not finite, after which the run saves and stops
+  save_model: bool = True  # at the end, the whole model with its frozen halves as {workdir}/model
   loader_threads: int = 4
   wandb_project: str = ""
 

@@ -96,17 +96,23 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
         raise Stopped(128 + stop.signal, "stopped; the same command continues")
   finally:
     log.close()
+
+  # ---- the finished model, which needs no other file -----------------------------------------------------------------
+  if config.save_model:
+    save_model(workdir)
   say(summary(report.read_log(str(workdir / "metrics.jsonl")), workdir, time.time() - started))
 
 
 def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop) -> None:
   """One stage from its last checkpoint, or its beginning, to its evaluation."""
   from mllm_jax import build, parameters
+  from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
   from mllm_jax.training import optimizer as optimizer_lib
   from mllm_jax.training import step as step_lib
   from mllm_jax.training.checkpoint import Checkpoints
   from mllm_jax.training.loop import NotFinite, Reporter, run_steps
+  from mllm_jax.weights.folder import TOKENIZER, versions
 
   stage: StageConfig = getattr(config, name)
   folder = workdir / name
@@ -114,7 +120,8 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
 
   # ---- data ----------------------------------------------------------------------------------------------------------
   model_config = build.architecture(config.model, stage.lora)
-  processor = build.make_processor(model_config, build.tokenizer_folder(config.model.llm), stage.data)
+  tokenizer = build.tokenizer_folder(config.model.llm)
+  processor = build.make_processor(model_config, tokenizer, stage.data)
   batches = load_data(config, stage, processor)
 
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
@@ -159,6 +166,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   start = start or 0
   log.forget_after(name, start)
   write_json(workdir / "config.json", to_dict(config))  # not before all checks: a mistyped command must not spoil a run
+  copy_tokenizer(tokenizer, workdir / TOKENIZER)
   say(
     f"{batches.samples:,} samples, {batches.steps:,} steps of {stage.batch_size}"
     + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
@@ -167,7 +175,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
 
   # ---- the loop ------------------------------------------------------------------------------------------------------
   def save(state) -> None:
-    checkpoints.save(state, identity | {"config": to_dict(config)})
+    checkpoints.save(state, identity | {"config": to_dict(config), "versions": versions()})
 
   try:
     state = run_steps(
@@ -196,6 +204,28 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   if config.evaluation.path and not (folder / "evaluation.json").is_file():
     model = parameters.unflatten(graphdef, {**frozen, **state.trainable})
     evaluate(config, name, model, processor, mesh, log, done, folder)
+
+
+def save_model(workdir: Path) -> None:
+  """Writes the trained model with its frozen halves and its tokenizer to WORKDIR/model, unless it is there already."""
+  import jax
+
+  from mllm_jax import build
+  from mllm_jax.weights import folder
+
+  target = workdir / build.FINISHED_MODEL
+  if jax.process_count() > 1:
+    say(f"several processes do not write {target}; make it with python -m mllm_jax.convert import --model={workdir}")
+    return
+  if build.finished(str(workdir)):
+    return
+  try:
+    stored, _ = build.open_run(str(workdir))
+    folder.write(target, stored.manifest, stored.tensors, stored.tokenizer, overwrite=True)
+  except (WeightsError, OSError) as error:
+    raise Stopped(
+      1, f"trained and saved, but {target} cannot be written: {error}; the same command tries only that again"
+    ) from error
 
 
 def load_data(config: Config, stage: StageConfig, processor):
@@ -344,7 +374,7 @@ def summary(rows: list[dict], workdir: Path, seconds: float) -> str:
               + (f"  (blanked {blank:.1%})" if blank is not None else "")
             )
   lines.append(f"  report       {workdir / 'report.html'}")
-  lines.append(f'  ask it       python -m mllm_jax.generate --workdir={workdir} --image=FILE --prompt="..."')
+  lines.append(f'  ask it       python -m mllm_jax.generate --model={workdir} --image=FILE --prompt="..."')
   return "\n".join(lines)
 
 

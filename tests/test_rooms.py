@@ -24,6 +24,7 @@ ALLOWED = {
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "sharding", "training", "weights"},
   "inspection": {"batch", "build", "config", "models", "parameters", "weights"},
+  "bench": {"config", "parameters", "weights"},
   "convert": {"build", "config", "data", "inspection", "training", "weights"},
   "generate": {"build", "config", "data", "inference", "training", "weights"},
   "train": {

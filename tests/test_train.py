@@ -17,6 +17,7 @@ import pytest
 import tiny
 from PIL import Image
 
+import mllm_jax
 from mllm_jax import build, train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -252,6 +253,36 @@ def test_losses_that_are_not_finite_stop_the_run_after_the_configured_number(fol
   assert all(name.startswith("caption-") for name in lost[0]["ids"])
   saved = max(int(path.name) for path in (folder / "diverged" / "pretrain" / "checkpoints").iterdir())
   assert saved - lost[1]["step"] in (0, 1)  # one more step may be under way when the numbers of the second arrive
+
+
+def test_the_finished_model_needs_no_other_file(finished, folder, tmp_path):
+  """It gives the logits of the run, after it was moved and with the towers out of reach."""
+  import jax.numpy as jnp
+
+  from mllm_jax import build
+
+  workdir, _ = finished
+  assert build.finished(str(workdir))
+  restored = build.restore(str(workdir))
+  alone = tmp_path / "alone"
+  shutil.copytree(workdir / "model", alone)
+  for name in ("clip", "llama"):
+    (folder / name).rename(folder / f"{name}.away")
+  try:
+    model, processor = mllm_jax.load(str(alone))
+    from_workdir, _ = mllm_jax.load(str(workdir))
+  finally:
+    for name in ("clip", "llama"):
+      (folder / f"{name}.away").rename(folder / name)
+  batch = processor(["What is there?"], [[Image.new("RGB", (90, 60), (10, 20, 90))]])
+  expected = restored.model.logits(batch)
+  assert model.config.lora.rank == 4 and model.config.dtype == "float32"
+  np.testing.assert_array_equal(model.logits(batch), expected)
+  np.testing.assert_array_equal(from_workdir.logits(batch), expected)
+  assert jnp.abs(expected).max() > 0
+  manifest = json.loads((alone / "mllm_jax.json").read_text())
+  assert manifest["run"]["stage"] == "finetune" and manifest["sources"]["vision"]["path"] == str(folder / "clip")
+  assert len(manifest["sources"]["decoder"]["fingerprint"]) == 16
 
 
 def test_generate_answers_from_a_workdir(finished, folder):

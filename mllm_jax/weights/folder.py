@@ -29,7 +29,7 @@ MANIFEST = "mllm_jax.json"
 TOKENIZER = "tokenizer"
 FORMAT = 1
 CONFIGS = {"vision": VisionConfig, "decoder": DecoderConfig, "projector": ProjectorConfig, "lora": LoraConfig}
-PACKAGES = ("mllm_jax", "jax", "flax", "numpy")
+PACKAGES = ("jax", "flax", "orbax-checkpoint", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +87,15 @@ def write(
       "template": manifest.template,
       "sources": manifest.sources,
       "run": manifest.run,
-      "versions": {package: version(package) for package in PACKAGES},
+      "versions": versions(),
     }
     (partial / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def version(package: str) -> str:
-  """The installed version of a package; of this one also where it runs from a checkout."""
-  return mllm_jax.__version__ if package == "mllm_jax" else importlib.metadata.version(package)
+def versions() -> dict[str, str]:
+  """The installed versions of this package, also where it runs from a checkout, and of those it builds on."""
+  others = {package: importlib.metadata.version(package) for package in PACKAGES}
+  return {"mllm_jax": mllm_jax.__version__, **others}
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def write_safetensors(
 
   The tensors are read in their order, in pieces of at most 128 MiB; `threads` of them are in memory at a time, so
   `tensors` must allow reading from several threads. A tensor is released after its last piece. `progress` is called
-  with all the bytes written so far, from the calling thread. `metadata` goes into every file's header.
+  with the bytes of each piece that is written, from the calling thread. `metadata` goes into every file's header.
 
   Raises WeightsError, before anything is read, for a type that safetensors has not, a folder with other weights of the
   same stem, and a disk that has not the room: space is taken for all files at once. An error on the way is raised as
@@ -234,11 +234,10 @@ def fill(tensors: Tensors, todo: list[Piece], progress: Progress | None, threads
       tensors.release(piece.name)
     return len(content)
 
-  written = 0
   pool = concurrent.futures.ThreadPoolExecutor(threads)
   try:
     for future in concurrent.futures.as_completed([pool.submit(copy, piece) for piece in todo]):
-      written += future.result()
+      written = future.result()
       if progress is not None:
         progress(written)
   finally:
@@ -289,8 +288,8 @@ def sync_folder(folder: Path) -> None:
 def write_torch_bin(path: str | Path, tensors: Tensors, *, progress: Progress | None = None) -> None:
   """Writes what `torch.load(path, weights_only=True)` reads as an OrderedDict of contiguous tensors.
 
-  The tensors are read in their order, in pieces of at most 128 MiB. `progress` is called with all the bytes written so
-  far. Raises WeightsError for a type that torch has not, and for a disk that has not the room.
+  The tensors are read in their order, in pieces of at most 128 MiB. `progress` is called with the bytes of each.
+  Raises WeightsError for a type that torch has not, and for a disk that has not the room.
   """
   path = local(path)
   names = tensors.names()
@@ -298,7 +297,7 @@ def write_torch_bin(path: str | Path, tensors: Tensors, *, progress: Progress | 
   path.parent.mkdir(parents=True, exist_ok=True)
   needed = sum(byte_count(tensors, name) for name in names) + len(described) + ENTRY_BYTES * (len(names) + 4)
   check_room(path.parent, needed)
-  root, written = path.stem, 0
+  root = path.stem
   try:
     with open(partial(path), "wb") as file:
       with zipfile.ZipFile(file, "w") as archive:
@@ -307,7 +306,7 @@ def write_torch_bin(path: str | Path, tensors: Tensors, *, progress: Progress | 
         for key, name in enumerate(names):
           with archive.open(entry(f"{root}/data/{key}", archive), "w", force_zip64=True) as storage:
             for index in pieces(whole(tensors.shape(name)), np.dtype(tensors.dtype(name)).itemsize, PIECE_BYTES):
-              written += storage.write(read_piece(tensors, name, index))
+              written = storage.write(read_piece(tensors, name, index))
               if progress is not None:
                 progress(written)
           tensors.release(name)

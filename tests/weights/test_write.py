@@ -63,7 +63,7 @@ def test_one_file(tmp_path):
   paths = write_safetensors(tmp_path / "new", InMemory(arrays), metadata={"by": "mllm_jax"}, progress=written.append)
   assert paths == [tmp_path / "new" / "model.safetensors"] and os.listdir(tmp_path / "new") == ["model.safetensors"]
   assert_reads_as(open_weights(tmp_path / "new"), arrays)
-  assert written == sorted(written) and written[-1] == sum(array.nbytes for array in arrays.values())
+  assert sum(written) == sum(array.nbytes for array in arrays.values())
   with safe_open(paths[0], framework="numpy") as file:
     assert file.metadata() == {"format": "pt", "by": "mllm_jax"}
   content = paths[0].read_bytes()
@@ -104,7 +104,7 @@ def test_shards_and_pieces(tmp_path, monkeypatch, threads):
   }
   assert max(source.read_bytes) <= 100 and sum(source.read_bytes) == 5 * 420 + 4
   assert sorted(source.released) == sorted(arrays)
-  assert len(written) == len(source.read_bytes) and written == sorted(written)
+  assert len(written) == len(source.read_bytes) and sum(written) == sum(source.read_bytes)
 
 
 def test_a_tensor_above_the_shards_size(tmp_path):
@@ -227,7 +227,7 @@ def test_torch_files(tmp_path, monkeypatch):
   assert os.listdir(tmp_path / "new") == ["pytorch_model.bin"]
   weights = open_weights(tmp_path / "new")
   assert_reads_as(weights, arrays)
-  assert written == sorted(written) and written[-1] == sum(array.nbytes for array in arrays.values())
+  assert sum(written) == sum(array.nbytes for array in arrays.values())
   assert source.released == list(arrays) and max(source.read_bytes) <= 24
   content = (tmp_path / "new" / "pytorch_model.bin").read_bytes()
   for name in ("float32", "turned", "odd"):
