@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
   "added_tokens.json",
   "chat_template.jinja",
 )
+# What the language model is in a model of LLaVA's own types.
+DECODER_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 PRIVATE_USE = range(0xE000, 0xF900)  # Unicode's characters without a meaning
 
 
@@ -131,6 +133,24 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
   Raises:
     DataError: the folder is missing, holds no tokenizer, or holds one that cannot be used here.
   """
+  tokenizer = hf_tokenizer(folder)
+  if tokenizer.eos_token_id is None:
+    raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+  first = tokenizer("a").input_ids[0]
+  bos_id = first if first == tokenizer.bos_token_id else None
+  backend = tokenizer.backend_tokenizer
+  return ChatTokenizer(backend.to_str(), bos_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
+
+
+def hf_tokenizer(folder: str | os.PathLike) -> Any:
+  """transformers' own tokenizer of a folder, made of the tokenizer's files alone.
+
+  transformers 5 makes another tokenizer, with other ids, of the same files where config.json beside them is a LLaVA
+  model's; so that is not shown to it.
+
+  Raises:
+    DataError: the folder is missing, holds no tokenizer, or holds one that cannot be loaded.
+  """
   if not os.path.isdir(folder):
     raise DataError(
       f"{folder}: no such folder; name a local Hugging Face folder with one of {', '.join(VOCABULARY_FILES)} in it"
@@ -146,40 +166,36 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
     with tempfile.TemporaryDirectory() as alone:
       copy_tokenizer(folder, alone)
       tokenizer = AutoTokenizer.from_pretrained(alone, local_files_only=True)
-      backend = tokenizer.backend_tokenizer
+    tokenizer.backend_tokenizer  # noqa: B018 - absent in a slow tokenizer
   except Exception as error:  # the library raises whatever the file formats below it raise
     raise DataError(
       f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
       "copy the language model's tokenizer files again"
     ) from error
-  if tokenizer.eos_token_id is None:
-    raise DataError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-  first = tokenizer("a").input_ids[0]
-  bos_id = first if first == tokenizer.bos_token_id else None
-  return ChatTokenizer(backend.to_str(), bos_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
+  tokenizer.name_or_path = str(folder)
+  return tokenizer
 
 
 def copy_tokenizer(folder: str | os.PathLike, to: str | os.PathLike) -> None:
   """Copies a tokenizer's files out of a model's folder into another, which is made if it is not there.
 
-  Of config.json only the language model's type comes along, for folders whose tokenizer_config.json names no class:
-  transformers 5 makes another tokenizer, with other ids, of the same files beside the config.json of a LLaVA model.
+  Of config.json only what concerns texts comes along: the language model's type, and how long a text may be.
 
   Raises:
-    ValueError: config.json or tokenizer_config.json is no JSON object.
+    ValueError: config.json is no JSON object.
   """
   folder, to = Path(folder), Path(to)
   to.mkdir(parents=True, exist_ok=True)
   for name in TOKENIZER_FILES:
     if (folder / name).is_file():
       shutil.copyfile(folder / name, to / name)
-  read = lambda file: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-  if read(folder / "tokenizer_config.json").get("tokenizer_class") or not (folder / "config.json").is_file():
+  if not (folder / "config.json").is_file():
     return
-  config = read(folder / "config.json")
-  kind = config.get("text_config", config).get("model_type", "llama")
-  kind = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}.get(kind, kind)
-  (to / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+  whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  config = whole.get("text_config", whole)
+  kept = {name: config[name] for name in ("model_type", "max_position_embeddings") if name in config}
+  kept["model_type"] = DECODER_TYPES.get(kept.get("model_type", "llama"), kept.get("model_type", "llama"))
+  (to / "config.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def vicuna_v1(turns: Sequence[Turn], system: str | None) -> list[Piece]:

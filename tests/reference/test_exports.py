@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from export_cases import CONVERSATIONS, MODELS, pictures, write_tokenizers
 from flax import nnx
-from safetensors.numpy import save_file
 
-from mllm_jax import parameters
+from mllm_jax import convert, parameters
 from mllm_jax.data import chat, images
 from mllm_jax.data.processor import Processor, collate
 from mllm_jax.inference.engine import Engine
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm
-from mllm_jax.weights import clip, llama, mapping, mlp, qwen2, side_files, siglip
+from mllm_jax.weights import folder
+from mllm_jax.weights.tensors import InMemory
 
 pytestmark = pytest.mark.torch
 # Without their dependencies, which version 5 has brought along.
@@ -49,12 +49,12 @@ def exported(workspace, tokenizer_folders):
   """{kind: (folder, our model)}: whole folders, with weights."""
   made = {}
   for kind, config in MODELS.items():
-    folder, source = workspace / "exported" / kind, tokenizer_folders[kind]
-    model = random_model(config)
-    vocabulary = side_files.hf_vocabulary(source, config.decoder)
-    side_files.write_hf(folder, config, source, "vicuna_v1", vocabulary, "float32")
-    save_file(classic_names(model, vocabulary.vocab_size), folder / "model.safetensors", {"format": "pt"})
-    made[kind] = folder, model
+    made[kind] = workspace / "exported" / kind, random_model(config)
+    parts = {"vision": config.vision, "decoder": config.decoder, "projector": config.projector}
+    arrays = {path: np.asarray(value) for path, value in parameters.flatten(made[kind][1])[1].items()}
+    stored = workspace / "stored" / kind
+    folder.write(stored, folder.Manifest(parts, "vicuna_v1"), InMemory(arrays), str(tokenizer_folders[kind]))
+    assert convert.main(["export", f"--checkpoint={stored}", "--format=hf", f"--out={made[kind][0]}"]) == 0
   return made
 
 
@@ -88,7 +88,7 @@ def theirs(workspace, exported):
     for turns, names, system in CONVERSATIONS.values()
   ]
   (workspace / "questions.json").write_text(json.dumps(questions))
-  folders = [str(folder) for folder, _ in exported.values()]
+  folders = [str(path) for path, _ in exported.values()]
   paths = str(workspace / "questions.json"), str(workspace / "answers5.npz")
   command = [sys.executable, ask_transformers.__file__, paths[0], str(workspace / "answers4.npz"), *folders]
   environment = os.environ | {"PYTHONPATH": str(transformers4(workspace)), "OMP_NUM_THREADS": "1"}
@@ -104,10 +104,10 @@ def transformers4(workspace: Path) -> Path:
   if given := os.environ.get("MLLM_JAX_TRANSFORMERS4"):
     assert (Path(given) / "transformers").is_dir(), f"MLLM_JAX_TRANSFORMERS4={given} holds no transformers"
     return Path(given)
-  folder = workspace / "transformers4"
-  command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *TRANSFORMERS4]
+  made = workspace / "transformers4"
+  command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(made), *TRANSFORMERS4]
   subprocess.run(command, check=True)
-  return folder
+  return made
 
 
 def random_model(config) -> Mllm:
@@ -118,27 +118,6 @@ def random_model(config) -> Mllm:
     path: (draw.normal(size=x.shape) * 0.3 + path.endswith("scale")).astype(np.float32) for path, x in flat.items()
   }
   return parameters.unflatten(graphdef, arrays)
-
-
-def classic_names(model: Mllm, rows: int) -> dict[str, np.ndarray]:
-  """The weights by llava-hf's names, with `rows` rows in the embedding and the head."""
-  config = model.config
-  towers = clip if config.vision.class_token else siglip
-  decoders = qwen2 if config.decoder.attention_bias else llama
-  tables = {
-    "vision/": towers.table(config.vision, "vision_tower.vision_model."),
-    "decoder/": decoders.table(config.decoder, "language_model."),
-    "projector/": mlp.table("llava-hf"),
-  }
-  flat = {path: np.asarray(value) for path, value in parameters.flatten(model)[1].items()}
-  tensors = side_files.extra_tensors(config)
-  for part, table in tables.items():
-    tensors |= mapping.export({path: value for path, value in flat.items() if path.startswith(part)}, table)
-  for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-    if name in tensors:
-      new = np.repeat(tensors[name].mean(0, keepdims=True), rows - len(tensors[name]), axis=0)
-      tensors[name] = np.concatenate([tensors[name], new])
-  return tensors
 
 
 def messages(turns, system) -> list[dict]:

@@ -34,6 +34,7 @@ def text_config(decoder: DecoderConfig, llm_folder: Path) -> dict[str, Any]:
   kind = "qwen2" if decoder.attention_bias else "llama"
   path = llm_folder / "config.json"
   source = read_json(path, "the configuration of the language model") if path.is_file() else {}
+  source = source.get("text_config", source)
   content = {
     "model_type": kind,
     "hidden_size": decoder.width,

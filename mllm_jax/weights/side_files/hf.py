@@ -59,7 +59,7 @@ def write_hf(
     raise ConfigError(f"template {template!r} has no counterpart in Jinja; known: {', '.join(chat_template.TEMPLATES)}")
   tower = vision_config(model.vision)
   folder, source = Path(folder), Path(tokenizer_folder)
-  ours, theirs = chat.load_tokenizer(str(source)), tokenizer_files.load(source)
+  ours, theirs = chat.load_tokenizer(str(source)), chat.hf_tokenizer(source)
   content = tokenizer_files.extended(theirs, vocabulary)
   spaces = chat_template.matching_spaces(_backend(content), ours, vocabulary.image_token_id, theirs.eos_token)
   folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def hf_vocabulary(tokenizer_folder: str | Path, decoder: DecoderConfig) -> HfVoc
 
   Raises DataError where the folder's tokenizer cannot be used.
   """
-  tokenizer = load(tokenizer_folder)
+  tokenizer = chat.hf_tokenizer(tokenizer_folder)
   ids = tokenizer.get_vocab()
   free = max(decoder.vocab_size, *(number + 1 for number in ids.values()))
   image, pad = ids.get(IMAGE_TOKEN), ids.get(_pad_token(tokenizer))
@@ -46,14 +46,6 @@ def hf_vocabulary(tokenizer_folder: str | Path, decoder: DecoderConfig) -> HfVoc
     pad, free = free, free + 1
   rows = decoder.vocab_size if max(image, pad) < decoder.vocab_size else -(-free // MULTIPLE) * MULTIPLE
   return HfVocabulary(image, pad, rows)
-
-
-def load(folder: str | Path) -> Any:
-  """transformers' tokenizer of a folder. Raises DataError where `chat.load_tokenizer` would."""
-  chat.load_tokenizer(str(folder))
-  from transformers import AutoTokenizer
-
-  return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def extended(tokenizer: Any, vocabulary: HfVocabulary) -> dict[str, Any]:
