@@ -23,7 +23,7 @@ from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig, ProjectorCon
 from mllm_jax.data.chat import copy_tokenizer
 from mllm_jax.weights.known import WeightsError, read_json
 from mllm_jax.weights.tensors import Tensors
-from mllm_jax.weights.write import write_safetensors
+from mllm_jax.weights.write import local, write_safetensors
 
 MANIFEST = "mllm_jax.json"
 TOKENIZER = "tokenizer"
@@ -103,9 +103,9 @@ def beside(path: Path, *, overwrite: bool) -> Iterator[Path]:
   """A new folder PATH.partial that becomes PATH when the block ends without an error, and is removed otherwise. What an
   earlier attempt has left is removed first.
 
-  Raises WeightsError where PATH exists and is not to be overwritten.
+  Raises WeightsError where PATH is remote, or exists and is not to be overwritten.
   """
-  path = Path(path)
+  path = local(path)
   if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
     raise WeightsError(f"{path} exists already; name another folder, remove it, or allow it with --overwrite")
   partial = path.with_name(path.name + ".partial")

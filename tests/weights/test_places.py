@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch_bytes
-from fsspec.implementations.memory import MemoryFileSystem
+from buckets import Bucket
 from safetensors.numpy import save
 
 from mllm_jax.weights import places
@@ -19,24 +19,6 @@ from mllm_jax.weights.io import WeightsError, open_weights
 from mllm_jax.weights.known import read_json
 
 ARRAYS = {"a": np.arange(600, dtype=np.float32).reshape(20, 30), "b": np.arange(5, dtype=np.float16)}
-
-
-class Bucket(MemoryFileSystem):
-  """A file system in memory under the name gs, which counts what is fetched."""
-
-  protocol = "gs"
-  store: dict = {}
-  pseudo_dirs = [""]
-  fetched: list = []
-
-  @classmethod
-  def _strip_protocol(cls, path):
-    return super()._strip_protocol(str(path).replace("gs://", "memory://"))
-
-  def cat_file(self, path, start=None, end=None, **options):
-    content = super().cat_file(path, start, end, **options)
-    self.fetched.append(len(content))
-    return content
 
 
 @pytest.fixture(params=["memory", "gs"])
