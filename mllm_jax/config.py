@@ -70,6 +70,7 @@ class DecoderConfig:
   """A Llama-type decoder. The defaults are Vicuna-7B v1.5.
 
   attention_bias: a bias on the query, key and value projections and none on the output's, as Qwen2 has it.
+  max_positions: how long a text it was made for; nothing is computed with it, other tools want to be told.
   """
 
   vocab_size: int = 32000
@@ -83,6 +84,7 @@ class DecoderConfig:
   norm_eps: float = 1e-5
   tied_embeddings: bool = False
   attention_bias: bool = False
+  max_positions: int = 4096
 
 
 @architecture

@@ -16,7 +16,7 @@ from mllm_jax.data.records import Turn
 VICUNA = ModelConfig(
   vision=tiny.VISION,
   # a head width that does not follow from the width, and another base than every default
-  decoder=dataclasses.replace(tiny.DECODER, head_width=8, rope_theta=5000.0),
+  decoder=dataclasses.replace(tiny.DECODER, head_width=8, rope_theta=5000.0, max_positions=512),
   projector=ProjectorConfig(kind="mlp2x_gelu"),
   dtype="float32",
   remat="none",
@@ -49,6 +49,7 @@ QWEN = ModelConfig(
     norm_eps=1e-6,
     tied_embeddings=True,
     attention_bias=True,
+    max_positions=1024,
   ),
   projector=ProjectorConfig(kind="mlp2x_gelu"),
   dtype="float32",
@@ -106,8 +107,7 @@ def write_tokenizers(folder: Path) -> dict[str, Path]:
   folders = {kind: folder / kind for kind in MODELS}
   for kind, path in folders.items():
     path.mkdir(parents=True)
-    family, places = ("qwen2", 1024) if kind == "bytes" else ("llama", 512)
-    (path / "config.json").write_text(json.dumps({"model_type": family, "max_position_embeddings": places}))
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen2" if kind == "bytes" else "llama"}))
   for legacy, name in ((False, "new"), (True, "legacy")):
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "pad_token": "<unk>"}
     spm, converted = folders[f"spm_{name}"], folders[f"json_{name}"]

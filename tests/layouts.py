@@ -62,6 +62,7 @@ LLAMA_CONFIG = {
   "rope_theta": tiny.DECODER.rope_theta,
   "hidden_act": "silu",
   "tie_word_embeddings": False,
+  "max_position_embeddings": tiny.DECODER.max_positions,
 }
 QWEN2_CONFIG = LLAMA_CONFIG | {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 OFFICIAL_FIELDS = {

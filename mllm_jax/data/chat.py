@@ -179,23 +179,23 @@ def hf_tokenizer(folder: str | os.PathLike) -> Any:
 def copy_tokenizer(folder: str | os.PathLike, to: str | os.PathLike) -> None:
   """Copies a tokenizer's files out of a model's folder into another, which is made if it is not there.
 
-  Of config.json only what concerns texts comes along: the language model's type, and how long a text may be.
+  Of config.json only the language model's type comes along, and only where tokenizer_config.json names no class, which
+  then follows from it.
 
   Raises:
-    ValueError: config.json is no JSON object.
+    ValueError: a file is no JSON object.
   """
   folder, to = Path(folder), Path(to)
   to.mkdir(parents=True, exist_ok=True)
   for name in TOKENIZER_FILES:
     if (folder / name).is_file():
       shutil.copyfile(folder / name, to / name)
-  if not (folder / "config.json").is_file():
+  read = lambda file: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+  if read(folder / "tokenizer_config.json").get("tokenizer_class") or not (folder / "config.json").is_file():
     return
-  whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  config = whole.get("text_config", whole)
-  kept = {name: config[name] for name in ("model_type", "max_position_embeddings") if name in config}
-  kept["model_type"] = DECODER_TYPES.get(kept.get("model_type", "llama"), kept.get("model_type", "llama"))
-  (to / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+  whole = read(folder / "config.json")
+  kind = whole.get("text_config", whole).get("model_type", "llama")
+  (to / "config.json").write_text(json.dumps({"model_type": DECODER_TYPES.get(kind, kind)}), encoding="utf-8")
 
 
 def vicuna_v1(turns: Sequence[Turn], system: str | None) -> list[Piece]:

@@ -21,6 +21,7 @@ DEFAULTS = {
   "rms_norm_eps": 1e-6,
   "hidden_act": "silu",
   "tie_word_embeddings": False,
+  "max_position_embeddings": 2048,
 }
 ROPE_THETA = 10000.0
 # Settings that would change the result, and the values with which they do nothing.
@@ -116,6 +117,7 @@ def decoder_config(
     rope_theta=read_rope(where, config),
     norm_eps=config["rms_norm_eps"],
     tied_embeddings=config["tie_word_embeddings"],
+    max_positions=config["max_position_embeddings"],
   )
   return parts.checked(result, where)
 

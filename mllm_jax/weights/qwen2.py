@@ -23,6 +23,7 @@ DEFAULTS = {
   "rms_norm_eps": 1e-6,
   "hidden_act": "silu",
   "tie_word_embeddings": False,
+  "max_position_embeddings": 32768,
 }
 # sliding_window and max_window_layers say nothing where this one is false, as it is in the published checkpoints.
 NEUTRAL = llama.NEUTRAL | {"use_sliding_window": False}

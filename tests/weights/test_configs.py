@@ -21,6 +21,7 @@ CLIP = {
   "hidden_act": "quick_gelu",
 }
 VICUNA = {
+  "max_position_embeddings": 4096,
   "model_type": "llama",
   "hidden_size": 4096,
   "intermediate_size": 11008,
@@ -170,6 +171,7 @@ def test_qwen2(tmp_path):
     norm_eps=1e-6,
     tied_embeddings=True,
     attention_bias=True,
+    max_positions=32768,
   )
   assert qwen2.read_config(write(tmp_path, QWEN2)) == expected
   five = {key: value for key, value in QWEN2.items() if key != "rope_theta"} | {

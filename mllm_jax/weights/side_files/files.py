@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.config import ConfigError, DecoderConfig
-from mllm_jax.weights.known import read_json
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Version of transformers whose spelling the files follow; later ones read it too.
 TRANSFORMERS_VERSION = "4.57.6"
-# The places of LlamaConfig and Qwen2Config where config.json leaves them out.
-PLACES = {"llama": 2048, "qwen2": 32768}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -25,16 +22,9 @@ def check_dtype(dtype: str) -> None:
     raise ConfigError(f"dtype={dtype!r} is no type to store weights in; use one of {', '.join(DTYPES)}")
 
 
-def text_config(decoder: DecoderConfig, llm_folder: Path) -> dict[str, Any]:
-  """The decoder's fields of config.json, without its vocabulary and without ids.
-
-  The longest text is taken from the config.json of the language model's folder, because the decoder here has no limit;
-  where that does not say, it is the default of transformers.
-  """
+def text_config(decoder: DecoderConfig) -> dict[str, Any]:
+  """The decoder's fields of config.json, without its vocabulary and without ids."""
   kind = "qwen2" if decoder.attention_bias else "llama"
-  path = llm_folder / "config.json"
-  source = read_json(path, "the configuration of the language model") if path.is_file() else {}
-  source = source.get("text_config", source)
   content = {
     "model_type": kind,
     "hidden_size": decoder.width,
@@ -44,7 +34,7 @@ def text_config(decoder: DecoderConfig, llm_folder: Path) -> dict[str, Any]:
     "num_key_value_heads": decoder.kv_heads,
     "head_dim": decoder.head_width,
     "hidden_act": "silu",
-    "max_position_embeddings": source.get("max_position_embeddings", PLACES[kind]),
+    "max_position_embeddings": decoder.max_positions,
     "rms_norm_eps": decoder.norm_eps,
     "rope_theta": decoder.rope_theta,
     "attention_dropout": 0.0,

@@ -66,7 +66,7 @@ def write_hf(
 
   ids = {"bos_token_id": theirs.bos_token_id, "eos_token_id": ours.eos_id, "pad_token_id": vocabulary.pad_token_id}
   tokenizer_files.write(folder, source, theirs, content)
-  write_json(folder / "config.json", config(model, tower, source, vocabulary, ids, dtype))
+  write_json(folder / "config.json", config(model, tower, vocabulary, ids, dtype))
   write_json(folder / "generation_config.json", ids | {"transformers_version": TRANSFORMERS_VERSION})
   write_json(folder / "preprocessor_config.json", preprocessor_config(model.vision))
   write_json(
@@ -94,14 +94,13 @@ def extra_tensors(model: ModelConfig) -> dict[str, np.ndarray]:
 def config(
   model: ModelConfig,
   tower: dict[str, Any],
-  llm_folder: Path,
   vocabulary: HfVocabulary,
   ids: dict[str, int | None],
   dtype: str,
 ) -> dict[str, Any]:
   """config.json. What versions 4 and 5 spell differently stands there twice."""
   types = {"dtype": dtype, "torch_dtype": dtype}
-  decoder = text_config(model.decoder, llm_folder)
+  decoder = text_config(model.decoder)
   family = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[decoder["model_type"]]
   rope = {"rope_type": "default", "rope_theta": model.decoder.rope_theta}
   return {

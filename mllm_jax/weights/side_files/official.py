@@ -79,7 +79,7 @@ def write_official(
   tokenizer = chat.load_tokenizer(str(source))
   folder.mkdir(parents=True, exist_ok=True)
   ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-  content = config(model, source, vision_source, dtype) | ids
+  content = config(model, vision_source, dtype) | ids
   write_json(folder / "config.json", {"_name_or_path": base_model} | content)
   write_json(folder / "generation_config.json", ids | {"transformers_version": TRANSFORMERS_VERSION})
   for name in TOKENIZER_FILES:
@@ -123,11 +123,11 @@ def family(vision: VisionConfig) -> str:
   return "clip" if vision.class_token else "siglip"
 
 
-def config(model: ModelConfig, llm_folder: Path, vision_source: str, dtype: str) -> dict[str, Any]:
+def config(model: ModelConfig, vision_source: str, dtype: str) -> dict[str, Any]:
   """config.json, without ids."""
   return {
     "architectures": ["LlavaLlamaForCausalLM"],
-    **text_config(model.decoder, llm_folder),
+    **text_config(model.decoder),
     "model_type": "llava_llama",
     "vocab_size": model.decoder.vocab_size,
     "pretraining_tp": 1,
