@@ -251,6 +251,8 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
         sources[part] = {"path": path, "family": found.family, "fingerprint": fingerprint(stored.weights)}
     if stage.lora.rank:
       parts["lora"] = stage.lora
+    made_here = {"path": str(workdir), "family": f"trained here, {config.name}, {name}, step {step}", "fingerprint": ""}
+    sources |= {part: made_here for part in parts if part not in sources}
     run = {"name": config.name, "stage": name, "step": step}
     manifest = folder.Manifest(parts, config.finetune.data.template, sources, run)
     ordered = Chosen(Joined(*tensors), list(shapes))

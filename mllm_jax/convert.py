@@ -207,9 +207,8 @@ def open_checkpoint(path: str, args: argparse.Namespace | None = None):
 
 def describe(stored) -> None:
   """What was found, a line for each part."""
-  for name, config in stored.manifest.parts.items():
-    source = stored.manifest.sources.get(name, {})
-    say(f"{name:10s} {type(config).__name__:16s} {source.get('family', 'trained here')}: {source.get('path', '')}")
+  for name, source in stored.manifest.sources.items():
+    say(f"{name:10s} {source['family']}: {source['path']}")
 
 
 def run_inspect(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from mllm_jax.weights.recognise import PROJECTOR_FILES, recognise
 from mllm_jax.weights.tensors import Tensors, is_float
 
 TEXT_TOKENS = 32  # of the fixed input that logits are compared on
+VOCABULARY_AXES = {"decoder/embedding": 0, "decoder/head": 1}  # along which exports have rows for added tokens
 SHOWN = 12  # tensors that a comparison spells out
 
 
@@ -90,12 +91,14 @@ class Comparison:
 
   differences: of every tensor in both, the largest relative one first.
   only: tensors that one of the two lacks, and those whose shapes differ, as sentences.
+  notes: tables with more rows in one of the two, for tokens that were added; the others are compared.
   logits: the largest difference of the logits, None where they were not compared, for the reason in `why`.
   """
 
   tolerance: float
   differences: list[Difference]
   only: list[str]
+  notes: list[str]
   logits: Difference | None
   why: str
 
@@ -114,14 +117,14 @@ def compare(a: str, b: str, others: dict[str, str], tolerance: float) -> Compari
   if (first[1] is None) != (second[1] is None):
     path, reason = (a, first[2]) if first[1] is None else (b, second[2])
     raise WeightsError(f"{path} is no whole model, and the other is, so they cannot be compared: {reason}")
-  differences, only = compare_tensors(first[0], second[0])
+  differences, only, notes = compare_tensors(first[0], second[0])
   logits, why = None, first[2]
   if first[1] is not None:
     try:
       logits, why = compare_logits(first[1], second[1]), ""
     except (WeightsError, ConfigError) as error:
       why = str(error)
-  return Comparison(tolerance, differences, only, logits, why)
+  return Comparison(tolerance, differences, only, notes, logits, why)
 
 
 def contents(path: str, others: dict[str, str]) -> tuple[Tensors, StoredModel | None, str]:
@@ -137,30 +140,42 @@ def contents(path: str, others: dict[str, str]) -> tuple[Tensors, StoredModel | 
   return open_weights(files[0]), None, reason
 
 
-def compare_tensors(a: Tensors, b: Tensors) -> tuple[list[Difference], list[str]]:
-  """The differences of all tensors in both, and what only one has."""
-  names = a.names()
-  only = [f"only in A: {name}" for name in names if name not in set(b.names())]
+def compare_tensors(a: Tensors, b: Tensors) -> tuple[list[Difference], list[str], list[str]]:
+  """The differences of all tensors in both, what only one has, and where one has rows for added tokens."""
+  names = [name for name in a.names() if name in set(b.names())]
+  only = [f"only in A: {name}" for name in a.names() if name not in set(names)]
   only += [f"only in B: {name}" for name in b.names() if name not in set(names)]
-  differences = []
-  for name in tqdm([name for name in names if name in set(b.names())], desc="comparing", unit="tensor"):
-    if a.shape(name) != b.shape(name):
-      only.append(f"shape: {name} is {a.shape(name)} in A and {b.shape(name)} in B")
-      continue
-    absolute = largest = 0.0
-    for piece in buffers.pieces(buffers.whole(a.shape(name)), max(a.dtype(name).itemsize, b.dtype(name).itemsize)):
-      x, y = a.read(name, piece), b.read(name, piece)
-      if x.dtype == y.dtype and x.tobytes() == y.tobytes():
+  differences, notes = [], []
+  for name in tqdm(names, desc="comparing", unit="tensor"):
+    shapes = a.shape(name), b.shape(name)
+    common = shapes[0]
+    if shapes[0] != shapes[1]:
+      axis = VOCABULARY_AXES.get(name)
+      common = tuple(map(min, *shapes))
+      if axis is None or any(common[i] != shape[i] for shape in shapes for i in range(2) if i != axis):
+        only.append(f"shape: {name} is {shapes[0]} in A and {shapes[1]} in B")
         continue
-      wide = np.float64 if is_float(x.dtype) or is_float(y.dtype) else np.int64
-      x, y = x.astype(wide), y.astype(wide)
-      absolute = max(absolute, float(np.abs(x - y).max(initial=0)))
-      largest = max(largest, float(np.abs(x).max(initial=0)), float(np.abs(y).max(initial=0)))
-      absolute = math.inf if math.isnan(absolute) or np.isnan(x).any() or np.isnan(y).any() else absolute
+      notes.append(f"{name} is {shapes[0]} in A and {shapes[1]} in B; the tokens of both are compared")
+    differences.append(difference(name, a, b, common))
     a.release(name)
     b.release(name)
-    differences.append(Difference(name, absolute, absolute / largest if largest else absolute))
-  return sorted(differences, key=lambda difference: -difference.relative), only
+  return sorted(differences, key=lambda difference: -difference.relative), only, notes
+
+
+def difference(name: str, a: Tensors, b: Tensors, shape: tuple[int, ...]) -> Difference:
+  """Of one tensor, as far as `shape` goes."""
+  absolute = largest = 0.0
+  for piece in buffers.pieces(buffers.whole(shape), max(a.dtype(name).itemsize, b.dtype(name).itemsize)):
+    x, y = a.read(name, piece), b.read(name, piece)
+    if x.dtype == y.dtype and x.tobytes() == y.tobytes():
+      continue
+    wide = np.float64 if is_float(x.dtype) or is_float(y.dtype) else np.int64
+    x, y = x.astype(wide), y.astype(wide)
+    if np.isnan(x).any() or np.isnan(y).any():
+      return Difference(name, math.inf, math.inf)
+    absolute = max(absolute, float(np.abs(x - y).max(initial=0)))
+    largest = max(largest, float(np.abs(x).max(initial=0)), float(np.abs(y).max(initial=0)))
+  return Difference(name, absolute, absolute / largest if largest else absolute)
 
 
 def compare_logits(a: StoredModel, b: StoredModel) -> Difference:
@@ -208,8 +223,7 @@ def fixed_input(config: ModelConfig, vocabulary: int) -> Batch:
 def comparison_table(result: Comparison) -> str:
   """A comparison for people."""
   lines = []
-  for sentence in result.only[:SHOWN]:
-    lines.append(sentence)
+  lines += [*result.notes, *result.only[:SHOWN]]
   if len(result.only) > SHOWN:
     lines.append(f"and {len(result.only) - SHOWN} more")
   same = sum(difference.absolute == 0 for difference in result.differences)

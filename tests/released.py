@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax import parameters
-from mllm_jax.weights import mapping
+from mllm_jax.weights import mapping, tables
 from mllm_jax.weights.tensors import InMemory
 
 # The goldens are small: most of a test's time would go into optimising code that runs once.
@@ -78,7 +78,7 @@ def weights(arrays: dict[str, np.ndarray]) -> InMemory:
   return InMemory(arrays, str(FOLDER))
 
 
-def fill(module: nnx.Module, prefix: str, table: mapping.Table, arrays: dict[str, np.ndarray]) -> nnx.Module:
+def fill(module: nnx.Module, prefix: str, table: tables.Table, arrays: dict[str, np.ndarray]) -> nnx.Module:
   """`module`, which lies at `prefix` of a model, with all its arrays read from foreign tensors by `table`."""
   graphdef, flat = parameters.flatten(module)
   targets = {prefix + path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in flat.items()}
@@ -86,7 +86,7 @@ def fill(module: nnx.Module, prefix: str, table: mapping.Table, arrays: dict[str
   return parameters.unflatten(graphdef, {path.removeprefix(prefix): array for path, array in loaded.items()})
 
 
-def to_foreign(module: nnx.Module, prefix: str, table: mapping.Table) -> dict[str, np.ndarray]:
+def to_foreign(module: nnx.Module, prefix: str, table: tables.Table) -> dict[str, np.ndarray]:
   """The arrays of a module, or of its gradient, under their foreign names."""
   _, flat = parameters.flatten(module)
   return mapping.export({prefix + path: np.asarray(array) for path, array in flat.items()}, table)

@@ -11,7 +11,7 @@ from mllm_jax.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from mllm_jax.models.vision import ACTIVATIONS
 from mllm_jax.weights import parts
 from mllm_jax.weights.known import WeightsError, read_json
-from mllm_jax.weights.mapping import PATCHES, Row, Table, linear, norm
+from mllm_jax.weights.tables import PATCHES, Row, Table, linear, norm
 
 # transformers leaves out of config.json what equals the defaults of its CLIPVisionConfig.
 DEFAULTS = {

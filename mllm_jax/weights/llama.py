@@ -9,7 +9,7 @@ from typing import Any
 from mllm_jax.config import DecoderConfig
 from mllm_jax.weights import parts
 from mllm_jax.weights.known import WeightsError, read_json
-from mllm_jax.weights.mapping import LINEAR, Row, Table, linear
+from mllm_jax.weights.tables import LINEAR, Row, Table, linear
 
 # transformers leaves out of config.json what equals the defaults of its LlamaConfig.
 DEFAULTS = {

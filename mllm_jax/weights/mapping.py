@@ -18,19 +18,7 @@ from mllm_jax.weights import buffers
 from mllm_jax.weights.buffers import Index
 from mllm_jax.weights.io import Weights
 from mllm_jax.weights.known import WeightsError
-from mllm_jax.weights.tables import (  # noqa: F401
-  CONV,
-  LAYER,
-  LINEAR,
-  PATCHES,
-  SAME,
-  PatchKernel,
-  Row,
-  Table,
-  Transform,
-  linear,
-  norm,
-)
+from mllm_jax.weights.tables import LAYER, PatchKernel, Row, Table, Transform
 from mllm_jax.weights.tensors import InMemory, Tensors, is_float
 
 READ_BYTES = 2**27  # of a file, between two releases of its pages

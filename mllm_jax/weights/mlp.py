@@ -3,7 +3,7 @@
 import re
 
 from mllm_jax.weights import parts
-from mllm_jax.weights.mapping import Row, Table, linear
+from mllm_jax.weights.tables import Row, Table, linear
 
 # What the two linear layers are called, and what stands before it on export: by the official code, and by llava-hf.
 PREFIX = "model."

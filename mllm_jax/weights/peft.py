@@ -17,7 +17,7 @@ from mllm_jax.config import LORA_TARGETS, LoraConfig
 from mllm_jax.weights import llama
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, read_json
-from mllm_jax.weights.mapping import LINEAR, Row, Table
+from mllm_jax.weights.tables import LINEAR, Row, Table
 
 FILE = "adapter_config.json"
 PREFIX = "base_model.model.model."

@@ -10,7 +10,7 @@ from typing import Any
 from mllm_jax.config import DecoderConfig
 from mllm_jax.weights import llama
 from mllm_jax.weights.known import WeightsError
-from mllm_jax.weights.mapping import Table
+from mllm_jax.weights.tables import Table
 
 # transformers leaves out of config.json what equals the defaults of its Qwen2Config.
 DEFAULTS = {

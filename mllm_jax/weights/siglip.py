@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm_jax.config import VisionConfig
 from mllm_jax.weights import clip
-from mllm_jax.weights.mapping import Table
+from mllm_jax.weights.tables import Table
 
 # transformers leaves out of config.json what equals the defaults of its SiglipVisionConfig.
 DEFAULTS = {

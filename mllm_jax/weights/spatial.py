@@ -11,7 +11,7 @@ from mllm_jax.config import ProjectorConfig
 from mllm_jax.models.projectors.spatial import has_head_bias, map_sizes
 from mllm_jax.weights import mlp, parts
 from mllm_jax.weights.known import WeightsError
-from mllm_jax.weights.mapping import CONV, Row, Table, linear, norm
+from mllm_jax.weights.tables import CONV, Row, Table, linear, norm
 
 # Patches along a side of CLIP-L/14 at 224, whose maps the released code counts instead of naming their size.
 GRID_224 = 16
