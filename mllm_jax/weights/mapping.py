@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -77,14 +77,12 @@ class Ours:
   def _fill(self, out: np.ndarray, name: str, transform: Transform, index: Index) -> None:
     """Copies a part of one tensor, giving back what was read of the file as it goes: a part that is small may be spread
     over all of a large tensor."""
-    shape, axis = self.weights.shape(name), transform.outer
+    shape = self.weights.shape(name)
     if not shape:
       out[...] = self.weights.read(name)
       return
     span = math.prod(shape[1:]) * self.weights.dtype(name).itemsize
-    step = max(1, READ_BYTES // max(1, span))
-    for start in range(index[axis].start, index[axis].stop, step):
-      cut = (*index[:axis], slice(start, min(index[axis].stop, start + step)), *index[axis + 1 :])
+    for cut in cuts(index, transform.outer, span):
       buffers.copy(out[buffers.within(cut, index)], transform.read(self.weights, name, cut))
       self.weights.release(name)
 
@@ -129,13 +127,26 @@ class Theirs:
   def read(self, name: str, index: Index = ()) -> np.ndarray:
     row, layer = self.entries[name]
     index = index or buffers.whole(self.shape(name))
-    view = row.transform.read_foreign(self.ours, row.ours, layer, index)
-    out = buffers.empty(view.shape, view.dtype)
-    buffers.copy(out, view)
+    out = buffers.empty(tuple(part.stop - part.start for part in index), self.dtype(name))
+    if not index:
+      out[...] = row.transform.read_foreign(self.ours, row.ours, layer, index)
+      return out
+    span = math.prod(self.ours.shape(row.ours)[len(layer) + 1 :]) * out.itemsize
+    for cut in cuts(index, row.transform.foreign_outer, span):
+      buffers.copy(out[buffers.within(cut, index)], row.transform.read_foreign(self.ours, row.ours, layer, cut))
+      self.ours.release(row.ours)
     return out
 
   def release(self, name: str) -> None:
-    self.ours.release(self.entries[name][0].ours)
+    pass  # read copies, and has released what it read
+
+
+def cuts(index: Index, axis: int, span: int) -> Iterator[Index]:
+  """`index` in pieces along an axis, each read from no more than READ_BYTES of a file in which one step along that axis
+  spans `span` bytes."""
+  step = max(1, READ_BYTES // max(1, span))
+  for start in range(index[axis].start, index[axis].stop, step):
+    yield (*index[:axis], slice(start, min(index[axis].stop, start + step)), *index[axis + 1 :])
 
 
 def load(weights: Weights, table: Table, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

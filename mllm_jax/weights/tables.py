@@ -34,6 +34,11 @@ class Permute:
     """The axis of our array along which the foreign one lies in one piece after another."""
     return self.axes.index(0) if self.axes else 0
 
+  @property
+  def foreign_outer(self) -> int:
+    """The axis of the foreign array along which ours lies in one piece after another."""
+    return self.axes[0] if self.axes else 0
+
   def foreign_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
     """The other way round."""
     return tuple(ours[axis] for axis in self._back) if self.axes else ours
@@ -62,7 +67,7 @@ class PatchKernel:
   with their colours innermost.
   """
 
-  outer = 1
+  outer, foreign_outer = 1, 0
 
   def shape(self, foreign: tuple[int, ...]) -> tuple[int, ...] | None:
     return (math.prod(foreign[1:]), foreign[0]) if len(foreign) == 4 else None
