@@ -70,7 +70,7 @@ def parser() -> Parser:
   read = command("import", IMPORT, "a checkpoint of any family -> one folder of ours")
   add_parts(read)
   read.add_argument("--merge", action="store_true", help="fold the adapter into the language model")
-  read.add_argument("--dtype", default="", choices=("", "bfloat16", "float16", "float32"), help="default: as stored")
+  read.add_argument("--dtype", default="", choices=("bfloat16", "float16", "float32"), help="default: as stored")
   add_out(read)
 
   write = command("export", EXPORT, "a model -> a folder that other tools load")
@@ -80,7 +80,7 @@ def parser() -> Parser:
     "--lora", default="merged", choices=("merged", "apart"), help="of hf and official (default: merged)"
   )
   write.add_argument(
-    "--dtype", default="", choices=("", "bfloat16", "float16", "float32"), help="default: as most of it is stored"
+    "--dtype", default="", choices=("bfloat16", "float16", "float32"), help="default: as most of it is stored"
   )
   write.add_argument(
     "--vision_tower",
