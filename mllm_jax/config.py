@@ -165,7 +165,7 @@ class DataConfig:
 
   path: str = ""
   image_folder: str = ""
-  template: str = "vicuna_v1"  # or "plain"
+  template: str = "vicuna_v1"  # or "plain", "chatml", "chatml_released", "llava_llama_3", "jinja"
   max_length: int = 2048
   max_images: int = 1
 

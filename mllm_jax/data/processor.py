@@ -37,6 +37,9 @@ class Processor:
     template: a name in `chat.TEMPLATES`.
     max_length: places in a training row.
     max_images: images a row has room for (K).
+
+  Raises:
+    DataError: an unknown template, or one that needs special tokens which the tokenizer does not have.
   """
 
   def __init__(
@@ -48,14 +51,18 @@ class Processor:
     max_length: int,
     max_images: int,
   ):
-    if template not in chat.TEMPLATES:
-      raise DataError(f"unknown template {template!r}; data.template must be one of {', '.join(chat.TEMPLATES)}")
     self.tokenizer = tokenizer
     self.vision = vision
     self.tokens_per_image = tokens_per_image
     self.template = template
     self.max_length = max_length
     self.max_images = max_images
+    chat.end_id(template, tokenizer)  # raises where the two do not fit, before any sample is read
+
+  @property
+  def end_id(self) -> int:
+    """The token that ends an answer."""
+    return chat.end_id(self.template, self.tokenizer)
 
   def row(self, sample: Sample) -> Row:
     """A training row of max_length places; a sample without images has black pixels and grids of 0.
