@@ -187,8 +187,16 @@ class ChatTokenizer:
     return self._plain.decode([int(i) for i in ids], skip_special_tokens=True)
 
   def token_texts(self, ids: Sequence[int]) -> list[str]:
-    """What each id alone is written as in the vocabulary, for people to look at."""
-    return [self._plain.id_to_token(int(i)) or "" for i in ids]
+    """Each id by itself, for people to look at: a special token's name, a text with the space before it, or, where the
+    id is a part of a character, its name in the vocabulary."""
+    anchor = self._ids("a")  # what comes first in a text may lose the space before it
+    before, names = self._plain.decode(anchor), {number: content for content, number in self.specials.items()}
+
+    def text(token: int) -> str:
+      decoded = self._plain.decode([*anchor, token])[len(before) :]
+      return decoded if decoded and "\ufffd" not in decoded else self._plain.id_to_token(token) or ""
+
+    return [names.get(int(token)) or text(int(token)) for token in ids]
 
 
 def _cuts(pieces: Sequence[Piece]) -> dict[int, int]:
