@@ -23,8 +23,6 @@ class RowArrays(NamedTuple):
   visual_index: np.ndarray  # int32
 
 
-NEWLINE = -2  # in visual_index: the token that ends a row of tiles
-
 PADDING = RowArrays(tokens=0, targets=0, loss_weights=0, segment_ids=0, positions=0, visual_index=-1)
 
 
@@ -42,7 +40,8 @@ def expand(
     encoded: ids with a placeholder for each image, and which of them are trained on.
     tokens_per_image: visual tokens of each image, in the order of the placeholders.
     max_length: places kept; None keeps all.
-    table_rows: for all visual tokens in their order, which row of the row's visual-token table each one is, or NEWLINE;
+    table_rows: for all visual tokens in their order, which row of the row's visual-token table each one is, or
+      `batch.NEWLINE`;
       None takes the table's rows in order.
 
   Returns:

@@ -10,8 +10,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from mllm_jax.batch import NEWLINE
 from mllm_jax.config import VisionConfig
-from mllm_jax.data.layout import NEWLINE
 from mllm_jax.data.records import DataError
 
 # (columns, rows) in the order of LLaVA-1.6's image_grid_pinpoints, which settles ties.

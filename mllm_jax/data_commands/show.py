@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
       "places": f"{data.max_length:,}",
       "images": f"{model.vision.image_size} pixels, {data.image_aspect}, {processor.tokens_per_image} tokens each crop",
     }
-    Path(args.out).write_text(show_page.page(title, facts, records, chosen, processor), encoding="utf-8")
+    Path(args.out).write_text(
+      show_page.page(title, facts, records, chosen, processor, bool(args.config)), encoding="utf-8"
+    )
   except (ConfigError, DataError, WeightsError, OSError) as error:
     print(f"show: {error}", file=sys.stderr)
     return 2
@@ -101,7 +103,7 @@ def settings(args: argparse.Namespace) -> tuple[ModelConfig, DataConfig, str]:
   if data.image_aspect == "anyres":
     projector = dataclasses.replace(projector, image_newline=True)
   model = build.architecture(dataclasses.replace(recipe, projector=projector), stage.lora)
-  return model, dataclasses.replace(data, max_images=max(data.max_images, 1)), recipe.llm
+  return model, data, recipe.llm
 
 
 def choose(records: Sequence, args: argparse.Namespace) -> list[int]:

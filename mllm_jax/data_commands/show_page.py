@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from mllm_jax.batch import NEWLINE
 from mllm_jax.data import chat, images, tiles
-from mllm_jax.data.layout import NEWLINE, RowArrays
+from mllm_jax.data.layout import RowArrays
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Sample
 
@@ -27,9 +28,17 @@ class Run(NamedTuple):
   stop: int
 
 
-def page(title: str, facts: Mapping[str, str], records: Sequence, chosen: Sequence[int], processor: Processor) -> str:
-  """The whole page. A sample that cannot be used is shown with what is wrong with it."""
-  cards = [_card(records, place, processor) for place in chosen]
+def page(
+  title: str,
+  facts: Mapping[str, str],
+  records: Sequence,
+  chosen: Sequence[int],
+  processor: Processor,
+  limited: bool = True,
+) -> str:
+  """The whole page. A sample that cannot be used is shown with what is wrong with it; `limited`: having more images
+  than a row of the processor has room for is wrong too."""
+  cards = [_card(records, place, processor, limited) for place in chosen]
   bad = sum("class='problem'" in card for card in cards)
   listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
   note = f"<p class='bad'>{bad} of these samples cannot be used.</p>" if bad else ""
@@ -50,7 +59,7 @@ def page(title: str, facts: Mapping[str, str], records: Sequence, chosen: Sequen
   return PAGE.format(title=escape(title), style=STYLE, body=body)
 
 
-def _card(records: Sequence, place: int, processor: Processor) -> str:
+def _card(records: Sequence, place: int, processor: Processor, limited: bool) -> str:
   try:
     sample = records[place]
   except DataError as error:
@@ -66,7 +75,7 @@ def _card(records: Sequence, place: int, processor: Processor) -> str:
   shown = "".join(_picture(picture, path, processor) for picture, path in zip(pictures, sample.images))
   problem = ""
   try:
-    processor.with_room(len(pictures)).row(sample)
+    (processor if limited else processor.with_room(len(pictures))).row(sample)
   except DataError as error:
     problem = _problem(error)
   tokens = f"<div class='tokens'>{''.join(_tokens(places, processor))}</div>"
@@ -227,7 +236,7 @@ figure > img { border-radius:6px } .grid { display:grid; gap:2px; margin-top:6px
 figcaption { font-size:.8rem; color:var(--soft); margin-top:6px; line-height:1.4 }
 .tokens { padding:14px 18px 18px; white-space:pre-wrap; overflow-wrap:anywhere; line-height:1.95; min-width:0;
   font:.88rem/1.95 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
-.t { padding:.16em 0; border-radius:3px; box-shadow:inset 0 0 0 .5px var(--card) } .t.text { background:var(--text) }
+.t { padding:.16em 0; border-radius:3px; box-shadow:inset -1px 0 0 var(--card) } .t.text { background:var(--text) }
 .t.trained { background:var(--trained); color:var(--trained-ink) }
 .t.visual { background:var(--visual); color:var(--visual-ink); padding-inline:.5em }
 .t.special { font-size:.82em; opacity:.92; border:1px solid currentColor; padding:.04em .25em; margin-inline:1px }

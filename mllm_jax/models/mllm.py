@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.batch import Batch
+from mllm_jax.batch import NEWLINE, Batch
 from mllm_jax.config import ModelConfig
 from mllm_jax.models import projectors
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.vision import VisionTower
-
-NEWLINE = -2  # `data.layout.NEWLINE`, in a room that must do without the data's libraries
 
 
 class Mllm(nnx.Module):
@@ -31,7 +29,7 @@ class Mllm(nnx.Module):
 
   def embed(self, tokens: jax.Array, visual_index: jax.Array, visual_tokens: jax.Array) -> jax.Array:
     """The decoder's input [B, S, D]: token embeddings, row `visual_index` of the visual tokens where it is one, and the
-    projector's newline where `visual_index` is -2 (which a projector without one never sees)."""
+    projector's newline where `visual_index` is NEWLINE (which a projector without one never sees)."""
     text = self.decoder.embed(tokens)
     visual = jnp.take_along_axis(visual_tokens, jnp.maximum(visual_index, 0)[..., None], axis=1)
     embeddings = jnp.where((visual_index >= 0)[..., None], visual.astype(text.dtype), text)

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm_jax.batch import NEWLINE
 from mllm_jax.config import ConfigError, VisionConfig
-from mllm_jax.data import layout, tiles
+from mllm_jax.data import tiles
 from mllm_jax.data.chat import Encoded
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Turn
@@ -43,7 +44,7 @@ def released_places(width, height, grid, before):
   else:
     padding = (current_width - int(width * (current_height / height))) // 2
     tiled = tiled[:, padding : current_width - padding]
-  lines = [token for row in tiled for token in [*row, layout.NEWLINE]]
+  lines = [token for row in tiled for token in [*row, NEWLINE]]
   return [*spatial.reshape(-1), *patches[0], *lines]
 
 

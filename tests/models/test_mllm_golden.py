@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import released
+from flax import nnx
 
-from mllm_jax import parameters
-from mllm_jax.batch import Batch
+from mllm_jax import parameters, recipes
+from mllm_jax.batch import NEWLINE, Batch
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import layout, tiles
 from mllm_jax.data.chat import Encoded
@@ -142,6 +143,29 @@ def test_tiled_images():
   embed = released.jit(lambda m, tokens, index, pixels: m.embed(tokens, index, m.visual_tokens(pixels)))
   embeddings = np.asarray(embed(model, row.tokens[None], row.visual_index[None], crops))
   released.check_close("anyres embeddings", embeddings, golden["out.inputs_embeds"], relative=0, floor=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["spatial", "mlp2x_gelu"])
+def test_the_newline_of_either_projector(kind):
+  """A parameter of the projector's, initialised and trained with it, that stands where the layout says."""
+  config = dataclasses.replace(CONFIG, projector=dataclasses.replace(PROJECTORS["e2e_crop_dfi"], kind=kind))
+  without = parameters.flatten(mllm.abstract(config))[1]
+  config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, image_newline=True))
+  shapes = parameters.flatten(mllm.abstract(config))[1]
+  assert set(shapes) - set(without) == {"projector/image_newline"}
+  rates = parameters.match(recipes.parameter_table(projector=1e-3), list(shapes), "parameters")
+  assert rates["projector/image_newline"] == 1e-3
+
+  newlines = lambda seed: projectors.make(config, nnx.Rngs(seed)).image_newline[...]
+  drawn = np.asarray([newlines(seed) for seed in range(8)])
+  assert abs(drawn.std() - 1 / 8) < 0.01 and drawn[0].tolist() != drawn[1].tolist()  # normal over sqrt(D); D is 64
+
+  model = mllm.Mllm(config, rngs=nnx.Rngs(0))
+  index, visual = np.array([[-1, 0, NEWLINE, 1]], np.int32), jnp.ones((1, 2, 64)) * jnp.array([[2.0], [3.0]])
+  embeddings = np.asarray(model.embed(np.array([[5, 0, 0, 0]], np.int32), index, visual))[0]
+  np.testing.assert_array_equal(embeddings[0], np.asarray(model.decoder.embed(np.array([[5]])))[0, 0])
+  assert (embeddings[1] == 2).all() and (embeddings[3] == 3).all()
+  np.testing.assert_array_equal(embeddings[2], np.asarray(model.projector.image_newline[...]))
 
 
 def with_cache(decoder, config, embeddings, steps):
