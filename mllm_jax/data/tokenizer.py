@@ -167,17 +167,18 @@ class ChatTokenizer:
 
   def _backend_of(self, base: int) -> tuple[Tokenizer, int]:
     """A tokenizer that knows the characters from `base` on as stand-ins, and the id it gives to the first of them."""
-    if base not in self._marked:
+    found = self._marked.get(base)
+    if found is None:
       flags = [*self._flags.values(), (False, False)]
       markers = [
         AddedToken(chr(base + number), special=False, normalized=False, lstrip=lstrip, rstrip=rstrip)
         for number, (lstrip, rstrip) in enumerate(flags)
       ]
       tokenizer = _backend(self._json, markers)
-      if len(self._marked) > 4:  # texts with private-use characters are rare, and a large vocabulary is 100 MB
-        self._marked.popitem()
-      self._marked[base] = tokenizer, tokenizer.token_to_id(chr(base))
-    return self._marked[base]
+      found = tokenizer, tokenizer.token_to_id(chr(base))
+      # Texts with private-use characters are rare, and a large vocabulary is 100 MB. Not emptied in place: threads.
+      self._marked = {**self._marked, base: found} if len(self._marked) < 4 else {base: found}
+    return found
 
   def _ids(self, text: str) -> list[int]:
     return self._plain.encode(text, add_special_tokens=False).ids

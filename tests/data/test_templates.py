@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import time
+import unicodedata
 
 import conversations
 import numpy as np
@@ -95,6 +96,8 @@ CASES = [
 def expected_texts(case, tokenizer, turns):
   """What each stretch of trained-on tokens decodes to."""
   answers = [turn.text for turn in turns if turn.role == "gpt" and turn.text]
+  if "qwen2" in case:
+    answers = [unicodedata.normalize("NFC", answer) for answer in answers]
   if case == "jinja llama_3":
     answers = [answer.strip() for answer in answers if answer.strip()]
   if case.startswith("plain"):
