@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+NEWLINE = -2  # in visual_index: the token that ends a row of tiles
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Batch:
   loss_weights   float32 [B, S]           1 where the prediction is trained on, 0 elsewhere
   segment_ids    int32   [B, S]           1, 2, ...: the sample a place belongs to; 0: padding
   positions      int32   [B, S]           rotary position, restarting at 0 in every sample
-  visual_index   int32   [B, S]           -1: a text token; k: row k of this row's K*T visual tokens
+  visual_index   int32   [B, S]           -1: a text token; k: row k of this row's K*T visual tokens; -2 (NEWLINE):
+                                          the token that ends a row of tiles
   pixels         uint8   [B, K, H, W, 3]  crops as decoded and resized; normalised on the device
   grids          int32   [B, K, 2]        patches (rows, columns) of each crop; 0 0: an unused crop
   """

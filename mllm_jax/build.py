@@ -89,7 +89,12 @@ def tokenizer_folder(llm: str) -> str:
 
 
 def make_processor(model: ModelConfig, tokenizer: str, data: DataConfig) -> Processor:
-  """What turns this model's conversations and images into rows."""
+  """What turns this model's conversations and images into rows.
+
+  Raises ConfigError where images are tiled and the model has no token to end their rows with.
+  """
+  if data.image_aspect == "anyres" and not model.projector.image_newline:
+    raise ConfigError("data.image_aspect=anyres needs model.projector.image_newline=True")
   return Processor(
     load_tokenizer(tokenizer),
     model.vision,
@@ -97,6 +102,7 @@ def make_processor(model: ModelConfig, tokenizer: str, data: DataConfig) -> Proc
     data.template,
     data.max_length,
     data.max_images,
+    data.image_aspect,
   )
 
 
@@ -312,7 +318,9 @@ def load(
       f"{path} holds no tokenizer; name the language model's folder (llm=...) or copy its tokenizer there"
     )
   model = put(stored, stored.config(dtype or ""), mesh, dtype)
-  data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH)
+  tiled = model.config.projector.image_newline  # such a model was trained on tiles
+  aspect = "anyres" if tiled else "pad"
+  data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH, image_aspect=aspect)
   return model, make_processor(model.config, stored.tokenizer, data)
 
 

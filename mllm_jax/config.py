@@ -109,6 +109,7 @@ class ProjectorConfig:
   dfi_kernel: kernel of the detail map of DFI (paper, table 6; its stride is 2); 0 leaves DFI out.
   conv_width: channels of a spatial token before the last linear layer.
   head_bias: bias of that layer: "released" (only cropping with DFI has one), "always" or "never".
+  image_newline: a learned token that ends each row of a tiled image; data.image_aspect=anyres needs it.
   conv_init: "uniform" (+-1/sqrt(fan in), what the released code means to do) or "zeros" (what its construction inside
     transformers' fast initialisation really gives at full size).
   """
@@ -121,6 +122,7 @@ class ProjectorConfig:
   conv_width: int = 512
   head_bias: str = "released"
   conv_init: str = "uniform"
+  image_newline: bool = False
 
 
 @architecture
@@ -167,9 +169,10 @@ class DataConfig:
 
   path: str = ""
   image_folder: str = ""
-  template: str = "vicuna_v1"  # or "plain"
+  template: str = "vicuna_v1"  # or "plain", "chatml", "chatml_released", "llava_llama_3", "jinja"
   max_length: int = 2048
   max_images: int = 1
+  image_aspect: str = "pad"  # to a square; or "anyres": LLaVA-1.6's tiles, up to five crops an image
 
 
 @recipe

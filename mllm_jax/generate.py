@@ -140,7 +140,7 @@ def answer(args: argparse.Namespace) -> None:
   processor = processor.with_room(len(pictures))
   batch = collate([processor.prompt([question], pictures)])
   note(f"{args.model}: read in {time.perf_counter() - start:.1f} s; the first token waits for compilation")
-  engine = Engine(model, processor.tokenizer.eos_id)
+  engine = Engine(model, processor.end_id)
   text = Detokenizer(processor.tokenizer.decode)
   count = 0
   for count, token in enumerate(engine.stream(batch, args.max_new_tokens, args.sampling, args.seed), start=1):
@@ -180,7 +180,7 @@ def generate(
 
   single = isinstance(prompts, str)
   batch = processor([prompts], [images or []]) if single else processor(prompts, images)
-  engine = Engine(model, processor.tokenizer.eos_id, mesh=mesh)
+  engine = Engine(model, processor.end_id, mesh=mesh)
   answers = engine.generate(batch, max_new_tokens, Sampling(temperature, top_p, top_k), seed)
   texts = []
   for ids in answers:

@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"projector/(sfe/kernels/\d+|dfi/kernel)", P(None, None, ("fsdp", "tensor"), None)),
   (r"projector/dfi/(query|key|value)/kernel", P()),
   (r"projector/(.*/)?(head|fc1|fc2)/kernel", P("fsdp", "tensor")),
+  (r"projector/image_newline", P()),
   (r".*/(bias|scale)", P()),
 )
 

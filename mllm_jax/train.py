@@ -276,7 +276,7 @@ def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, 
       bar.update(answered - bar.n)
 
     result = exact_match(
-      Engine(model, asker.tokenizer.eos_id, mesh=mesh),
+      Engine(model, asker.end_id, mesh=mesh),
       asker,
       records,
       batch_size=config.evaluation.batch_size,

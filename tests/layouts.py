@@ -14,7 +14,8 @@ import tiny
 from safetensors.numpy import save_file
 
 from mllm_jax.config import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
-from mllm_jax.weights import assemble, clip, llama, mapping, mlp, peft, qwen2, siglip, spatial
+from mllm_jax.weights import assemble, clip, llama, mapping, mlp, peft, qwen2, siglip
+from mllm_jax.weights.recognise import projector_table
 from mllm_jax.weights.tensors import InMemory
 from mllm_jax.weights.write import write_torch_bin
 
@@ -138,7 +139,7 @@ def decoder_folder(folder: Path, model: ModelConfig, name: str = "model.safetens
 
 def projector_names(model: ModelConfig, prefix: str, **options) -> dict:
   """The projector in the released names behind a prefix."""
-  table = mlp.table() if model.projector.kind == "mlp2x_gelu" else spatial.table(model.projector, model.vision.grid)
+  table = projector_table(model.projector, model.vision.grid)
   exported = mapping.export(arrays(model, "projector", **options), dataclasses.replace(table, prefix=prefix))
   return exported
 

@@ -18,6 +18,7 @@ ALLOWED = {
   "training": {"batch", "config", "data", "models", "parameters", "sharding"},
   "inference": {"batch", "config", "data", "models", "sharding"},
   "report": {"config", "data", "inference"},
+  "data_commands": {"batch", "build", "command_line", "config", "data", "demo", "preflight", "weights"},
   "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
   "recipes": {"config"},
   "preflight": {"config", "weights"},

@@ -26,33 +26,44 @@ class RowArrays(NamedTuple):
 PADDING = RowArrays(tokens=0, targets=0, loss_weights=0, segment_ids=0, positions=0, visual_index=-1)
 
 
-def expand(encoded: Encoded, tokens_per_image: Sequence[int], max_length: int | None = None) -> RowArrays:
+def expand(
+  encoded: Encoded,
+  tokens_per_image: Sequence[int],
+  max_length: int | None = None,
+  table_rows: np.ndarray | None = None,
+) -> RowArrays:
   """Puts each image's visual tokens in the place of its placeholder, then cuts the row to `max_length` places.
 
-  Image i's tokens are rows sum(tokens_per_image[:i]) and following of the row's visual-token table. Place s is weighted
-  1 if place s + 1 is still in the row and is trained on.
+  Place s is weighted 1 if place s + 1 is still in the row and is trained on.
 
   Args:
     encoded: ids with a placeholder for each image, and which of them are trained on.
     tokens_per_image: visual tokens of each image, in the order of the placeholders.
     max_length: places kept; None keeps all.
+    table_rows: for all visual tokens in their order, which row of the row's visual-token table each one is, or
+      `batch.NEWLINE`;
+      None takes the table's rows in order.
 
   Returns:
     Arrays of length S = min(max_length, text + visual tokens), without padding.
 
   Raises:
-    ValueError: the number of placeholders is not the number of images.
+    ValueError: the number of placeholders is not the number of images, or that of table_rows not that of the tokens.
   """
   is_image = encoded.ids == IMAGE_TOKEN_INDEX
   if is_image.sum() != len(tokens_per_image):
     raise ValueError(f"{is_image.sum()} image placeholders but {len(tokens_per_image)} images")
   repeats = np.ones(len(encoded.ids), np.int64)
   repeats[is_image] = tokens_per_image
+  if table_rows is None:
+    table_rows = np.arange(sum(tokens_per_image), dtype=np.int32)
+  if len(table_rows) != sum(tokens_per_image):
+    raise ValueError(f"{len(table_rows)} rows of the table for {sum(tokens_per_image)} visual tokens")
   is_visual = np.repeat(is_image, repeats)[:max_length]
   tokens = np.where(is_visual, 0, np.repeat(encoded.ids, repeats)[:max_length]).astype(np.int32)
   trained_on = np.repeat(encoded.trained_on & ~is_image, repeats)[:max_length]
-  # The table's rows are taken in order, so the k-th visual place of the row is row k.
-  visual_index = np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
+  visual_index = np.full(len(tokens), -1, np.int32)
+  visual_index[is_visual] = table_rows[: is_visual.sum()]
 
   length = len(tokens)
   targets, loss_weights = np.zeros(length, np.int32), np.zeros(length, np.float32)

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.batch import Batch
-from mllm_jax.config import VisionConfig
-from mllm_jax.data import chat, images, layout
+from mllm_jax.config import ConfigError, VisionConfig
+from mllm_jax.data import chat, images, layout, tiles
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Sample, Turn
 
 
@@ -33,10 +33,15 @@ class Processor:
   Args:
     tokenizer: from `chat.load_tokenizer`.
     vision: image size, patch grid and mean colour of the vision tower.
-    tokens_per_image: visual tokens the projector makes of one image.
+    tokens_per_image: visual tokens the projector makes of one crop.
     template: a name in `chat.TEMPLATES`.
     max_length: places in a training row.
-    max_images: images a row has room for (K).
+    max_images: crops a row has room for (K); an image is one crop, or up to `tiles.CROPS` with image_aspect "anyres".
+    image_aspect: "pad" makes an image a square, "anyres" tiles it.
+
+  Raises:
+    ConfigError: an unknown image_aspect.
+    DataError: an unknown template, or one that needs special tokens which the tokenizer does not have.
   """
 
   def __init__(
@@ -47,15 +52,23 @@ class Processor:
     template: str,
     max_length: int,
     max_images: int,
+    image_aspect: str = "pad",
   ):
-    if template not in chat.TEMPLATES:
-      raise DataError(f"unknown template {template!r}; data.template must be one of {', '.join(chat.TEMPLATES)}")
+    if image_aspect not in ("pad", "anyres"):
+      raise ConfigError(f"data.image_aspect={image_aspect!r} is unknown; known: pad, anyres")
     self.tokenizer = tokenizer
     self.vision = vision
     self.tokens_per_image = tokens_per_image
     self.template = template
     self.max_length = max_length
     self.max_images = max_images
+    self.image_aspect = image_aspect
+    chat.end_id(template, tokenizer)  # raises where the two do not fit, before any sample is read
+
+  @property
+  def end_id(self) -> int:
+    """The token that ends an answer."""
+    return chat.end_id(self.template, self.tokenizer)
 
   def row(self, sample: Sample) -> Row:
     """A training row of max_length places; a sample without images has black pixels and grids of 0.
@@ -67,10 +80,11 @@ class Processor:
     try:
       encoded = chat.encode(sample.turns, self.template, self.tokenizer, len(sample.images), sample.system)
       self._check_room(len(sample.images))
-      places = layout.expand(encoded, [self.tokens_per_image] * len(sample.images), self.max_length)
+      pictures = [images.load(path) for path in sample.images]
+      places = self.places(encoded, [picture.size for picture in pictures], self.max_length)
       if not places.loss_weights.any():
-        raise DataError(self._nothing_left(encoded, len(sample.images)))
-      pixels, grids = self._pixels([images.load(path) for path in sample.images])
+        raise DataError(self._nothing_left(encoded, [picture.size for picture in pictures]))
+      pixels, grids = self._pixels(pictures)
     except DataError as error:
       raise DataError(f"{sample.name}: {error}") from error
     return Row(*layout.pad(places, self.max_length), pixels, grids)
@@ -97,7 +111,7 @@ class Processor:
     ids = chat.encode_prompt(turns, self.template, self.tokenizer, len(pictures), system)
     self._check_room(len(pictures))
     encoded = chat.Encoded(ids, np.zeros(len(ids), bool))
-    places = layout.expand(encoded, [self.tokens_per_image] * len(pictures))
+    places = self.places(encoded, [picture.size for picture in pictures])
     length = len(places.tokens) if max_length is None else max_length
     if len(places.tokens) > length:
       raise DataError(
@@ -137,39 +151,65 @@ class Processor:
     return collate([pad_row(row, max_length or length) for row in rows])
 
   def with_room(self, n_images: int) -> "Processor":
-    """The same processor for rows with exactly as many crops as `n_images` pictures need, at least one."""
+    """The same processor for rows with as many crops as any `n_images` pictures need, at least one."""
     roomy = copy.copy(self)
-    roomy.max_images = max(1, n_images)
+    roomy.max_images = max(1, n_images * (tiles.CROPS if self.image_aspect == "anyres" else 1))
     return roomy
+
+  def image_cost(self, width: int, height: int) -> tuple[int, int]:
+    """(crops, visual tokens) of an image of this size."""
+    if self.image_aspect == "pad":
+      return 1, self.tokens_per_image
+    return tiles.crops_of(width, height, self.vision), len(self._table_rows(width, height))
+
+  def places(
+    self, encoded: chat.Encoded, sizes: Sequence[tuple[int, int]], max_length: int | None = None
+  ) -> layout.RowArrays:
+    """A conversation with its images, of these (widths, heights), cut to max_length places; without padding."""
+    if self.image_aspect == "pad":
+      return layout.expand(encoded, [self.tokens_per_image] * len(sizes), max_length)
+    rows, start = [np.zeros(0, np.int32)], 0
+    for size in sizes:
+      table = self._table_rows(*size)
+      rows.append(np.where(table >= 0, table + np.int32(start), table))
+      start += tiles.crops_of(*size, self.vision) * self.tokens_per_image
+    return layout.expand(encoded, [len(table) for table in rows[1:]], max_length, np.concatenate(rows))
+
+  def _table_rows(self, width: int, height: int) -> np.ndarray:
+    return tiles.table_rows(width, height, self.vision, self.tokens_per_image)
 
   def _conversation(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], max_length: int | None) -> Row:
     """A prompt, or a training row, as long as it is."""
     if turns[-1].role == "human":
       return self.prompt(turns, pictures, max_length)
     encoded = chat.encode(turns, self.template, self.tokenizer, len(pictures))
-    places = layout.expand(encoded, [self.tokens_per_image] * len(pictures))
+    places = self.places(encoded, [picture.size for picture in pictures])
     if max_length is not None and len(places.tokens) > max_length:
       raise DataError(f"it takes {len(places.tokens)} places and there are {max_length}; raise max_length")
     return Row(*places, *self._pixels([images.to_rgb(picture) for picture in pictures]))
 
-  def _check_room(self, n_images: int) -> None:
-    if n_images > self.max_images:
-      raise DataError(f"{n_images} images, and a row has room for {self.max_images}; raise data.max_images")
+  def _check_room(self, crops: int, kind: str = "images") -> None:
+    if crops > self.max_images:
+      raise DataError(f"{crops} {kind}, and a row has room for {self.max_images}; raise data.max_images")
 
   def _pixels(self, pictures: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [K, H, W, 3] and int32 [K, 2]; what no picture uses stays 0."""
     size = self.vision.image_size
     pixels = np.zeros((self.max_images, size, size, 3), np.uint8)
     grids = np.zeros((self.max_images, 2), np.int32)
-    for k, picture in enumerate(pictures):
-      pixels[k] = images.preprocess(picture, self.vision)
-      grids[k] = self.vision.grid
+    if self.image_aspect == "anyres":
+      crops = [crop for picture in pictures for crop in tiles.crop(picture, self.vision)]
+      self._check_room(len(crops), "crops")
+    else:
+      crops = [images.preprocess(picture, self.vision) for picture in pictures]
+    for k, crop in enumerate(crops):
+      pixels[k], grids[k] = crop, self.vision.grid
     return pixels, grids
 
-  def _nothing_left(self, encoded: chat.Encoded, n_images: int) -> str:
+  def _nothing_left(self, encoded: chat.Encoded, sizes: Sequence[tuple[int, int]]) -> str:
     if not encoded.trained_on.any():
       return "no answer that is not empty, so nothing to train on; add one or take the sample out"
-    text, visual = len(encoded.ids) - n_images, n_images * self.tokens_per_image
+    text, visual = len(encoded.ids) - len(sizes), sum(self.image_cost(*size)[1] for size in sizes)
     return (
       f"no trained-on token is left in {self.max_length} places ({text} text and {visual} visual tokens); "
       "raise data.max_length or take the sample out"

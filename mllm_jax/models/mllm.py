@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.batch import Batch
+from mllm_jax.batch import NEWLINE, Batch
 from mllm_jax.config import ModelConfig
 from mllm_jax.models import projectors
 from mllm_jax.models.decoder import Decoder
@@ -28,10 +28,15 @@ class Mllm(nnx.Module):
     return tokens.reshape(rows, -1, tokens.shape[-1])
 
   def embed(self, tokens: jax.Array, visual_index: jax.Array, visual_tokens: jax.Array) -> jax.Array:
-    """The decoder's input [B, S, D]: token embeddings, and row `visual_index` of the visual tokens where it is one."""
+    """The decoder's input [B, S, D]: token embeddings, row `visual_index` of the visual tokens where it is one, and the
+    projector's newline where `visual_index` is NEWLINE (which a projector without one never sees)."""
     text = self.decoder.embed(tokens)
     visual = jnp.take_along_axis(visual_tokens, jnp.maximum(visual_index, 0)[..., None], axis=1)
-    return jnp.where((visual_index >= 0)[..., None], visual.astype(text.dtype), text)
+    embeddings = jnp.where((visual_index >= 0)[..., None], visual.astype(text.dtype), text)
+    if not self.config.projector.image_newline:
+      return embeddings
+    newline = self.projector.image_newline[...].astype(text.dtype)
+    return jnp.where((visual_index == NEWLINE)[..., None], newline, embeddings)
 
   def hidden(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
     """Normed hidden states [B, S, D] of a batch. With a key the adapters' dropout is active."""

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.config import LoraConfig, ModelConfig
-from mllm_jax.weights import clip, folder, llama, mlp, peft, side_files, siglip, spatial
+from mllm_jax.weights import clip, folder, llama, mlp, peft, side_files, siglip
 from mllm_jax.weights.assemble import StoredModel, belongs
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.mapping import Theirs
+from mllm_jax.weights.recognise import projector_table
 from mllm_jax.weights.tables import Table
 from mllm_jax.weights.tensors import Cast, Chosen, InMemory, Joined, MoreRows, Tensors
 from mllm_jax.weights.write import write_safetensors, write_torch_bin
@@ -84,10 +85,10 @@ def size(tensors: Tensors) -> int:
 
 def write_hf(out: Path, stored: StoredModel, config: ModelConfig, source: Tensors, progress: Progress | None) -> None:
   """The classic layout of llava-hf. An adapter that stays apart goes into the folder `adapter`."""
-  if config.projector.kind != "mlp2x_gelu":
+  if config.projector.kind != "mlp2x_gelu" or config.projector.image_newline:
+    kind = f"{config.projector.kind!r}" + " with tiled images" * config.projector.image_newline
     raise WeightsError(
-      f"transformers has no class for the projector {config.projector.kind!r}: hf is for LLaVA-1.5-type models; use "
-      "--format=official"
+      f"transformers has no class for the projector {kind}: hf is for LLaVA-1.5-type models; use --format=official"
     )
   vocabulary = side_files.hf_vocabulary(stored.tokenizer, config.decoder)
   tower = clip if config.vision.class_token else siglip
@@ -149,7 +150,7 @@ def write_adapter(
 
 def projector(source: Tensors, config: ModelConfig, prefix: str) -> Tensors:
   """The projector in the released names, behind `prefix`."""
-  table = mlp.table() if config.projector.kind == "mlp2x_gelu" else spatial.table(config.projector, config.vision.grid)
+  table = projector_table(config.projector, config.vision.grid)
   return Theirs(part(source, "projector"), Table(table.rows, prefix=prefix))
 
 

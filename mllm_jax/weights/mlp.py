@@ -40,6 +40,11 @@ def rows(path: str, naming: str = "official") -> tuple[Row, ...]:
   return (*linear(first, f"{path}/fc1"), *linear(second, f"{path}/fc2"))
 
 
-def table(naming: str = "official") -> Table:
+def newline(present: bool) -> tuple[Row, ...]:
+  """The token between the rows of a tiled image, which every naming calls the same."""
+  return (Row(parts.NEWLINE, f"projector/{parts.NEWLINE}"),) if present else ()
+
+
+def table(naming: str = "official", image_newline: bool = False) -> Table:
   """The names of the projector `mlp2x_gelu`. Either naming is read; `naming`, "official" or "llava-hf", is exported."""
-  return Table(rows("projector", naming), IGNORED, renames(naming), HINTS, NAMES[naming][1])
+  return Table(rows("projector", naming) + newline(image_newline), IGNORED, renames(naming), HINTS, NAMES[naming][1])

@@ -9,8 +9,8 @@ Each part has a table of its own, which reads its tensors and ignores the others
 - transformers' from 4.52 on: `model.vision_tower.`, `model.language_model.`, `lm_head.`,
   `model.multi_modal_projector.`, and from 5 on without `vision_model.`.
 
-The expressions here match whole names as they stand in the file. A tensor of no part, such as image_newline, is matched
-by none of them, so that every table reports it.
+The expressions here match whole names as they stand in the file. A tensor of no part is matched by none of them, so
+that every table reports it.
 """
 
 from typing import TypeVar
@@ -24,14 +24,15 @@ Architecture = TypeVar("Architecture", VisionConfig, DecoderConfig)
 OUTER = r"(base_model\.)?(model\.)*"
 VISION = (OUTER + r"vision_tower\..*", "the vision tower, which has a table of its own")
 PROJECTOR = (
-  OUTER + r"(mm_projector|multi_modal_projector|conv_\w+|(query|key|value)_projector)\..*",
+  OUTER + r"((mm_projector|multi_modal_projector|conv_\w+|(query|key|value)_projector)\..*|image_newline)",
   "the projector, which has a table of its own",
 )
 LANGUAGE = (
   OUTER + r"(language_model\..*|layers\..*|embed_tokens\.weight|norm\.weight|lm_head\.weight)",
   "the language model, which has a table of its own",
 )
-HINTS = ((r"(model\.)*image_newline", "the checkpoint was trained with tiled images, which are not read here"),)
+NEWLINE = "image_newline"  # ends each row of a tiled image
+HINTS = ((NEWLINE, "trained with tiled images: compare projector.image_newline"),)
 
 
 def checked(config: Architecture, where: str) -> Architecture:

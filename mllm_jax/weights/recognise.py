@@ -12,6 +12,7 @@ from typing import Any
 
 from mllm_jax.config import DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat
+from mllm_jax.data.tiles import GRIDS
 from mllm_jax.weights import clip, folder, llama, mlp, peft, places, qwen2, siglip, spatial
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, missing, read_json
@@ -227,9 +228,15 @@ def with_official_fields(found: Found, local: Path) -> Found:
       "mm_projector_type": ("mlp2x_gelu",),
       "mm_vision_select_feature": ("patch",),
       "mm_use_im_start_end": (False,),
-      "mm_patch_merge_type": ("flat",),
+      "mm_patch_merge_type": ("flat", "spatial_unpad"),
     },
   )
+  if content.get("image_aspect_ratio") not in (None, "pad", "square"):
+    sizes = content.get("image_grid_pinpoints")
+    tile = min(sizes[0]) if isinstance(sizes, list) and sizes and isinstance(sizes[0], list) and sizes[0] else 0
+    grids = [[columns * tile, rows * tile] for columns, rows in GRIDS]
+    tiled = {"image_aspect_ratio": ("anyres",), "image_grid_pinpoints": (grids,)}
+    refuse(where, {"mm_patch_merge_type": "flat"} | content, tiled | {"mm_patch_merge_type": ("spatial_unpad",)})
   layer = content.get("mm_vision_select_layer")
   tower = content.get("mm_vision_tower") or content.get("vision_tower") or ""
   return dataclasses.replace(found, select_layer=layer, tower=str(tower), template="vicuna_v1")
@@ -253,7 +260,9 @@ def projector_family(weights: Weights) -> str:
 
 def projector_table(config: ProjectorConfig, grid: int) -> Table:
   """The table of a projector in the released names."""
-  return mlp.table() if config.kind == "mlp2x_gelu" else spatial.table(config, grid)
+  if config.kind == "mlp2x_gelu":
+    return mlp.table(image_newline=config.image_newline)
+  return spatial.table(config, grid)
 
 
 def projector_config(part: Part, grid: int) -> ProjectorConfig:

@@ -71,6 +71,7 @@ def table(config: ProjectorConfig, grid: int) -> Table:
       rows += linear(f"{name}_projector.1", f"projector/dfi/{name}")
   rows += linear("conv_linear.1", "projector/head", has_head_bias(config), DFI)
   rows += mlp.rows("projector/patch_mlp")
+  rows += mlp.newline(config.image_newline)
   return Table(tuple(rows), mlp.IGNORED, mlp.renames(), HINTS, mlp.PREFIX)
 
 
@@ -94,9 +95,11 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], grid: int, where: str = "th
       f"{where} holds no tensor of a projector; name the final mm_projector.bin, model.bin or non_lora_trainables.bin "
       "of a run"
     )
-  config, rows = ProjectorConfig(kind="mlp2x_gelu"), plain.rows
-  if any(not name.startswith("mm_projector.") for name in found):
+  tiled = found.get(parts.NEWLINE) is not None
+  config, rows = ProjectorConfig(kind="mlp2x_gelu", image_newline=tiled), mlp.table(image_newline=tiled).rows
+  if any(not name.startswith("mm_projector.") for name in found if name != parts.NEWLINE):
     config = spatial_config(found, grid)
+    config = config and dataclasses.replace(config, image_newline=tiled)
     rows = table(config, grid).rows if config else plain.rows
   names = {row.foreign for row in rows}
   hint_of = lambda name: "".join(f" ({text})" for pattern, text in UNREAD if re.fullmatch(pattern, name))

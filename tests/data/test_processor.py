@@ -147,3 +147,12 @@ def test_pickling(records, processor):
   copy = pickle.loads(pickle.dumps(processor))
   for before, after in zip(processor.row(records[2]), copy.row(records[2]), strict=True):
     np.testing.assert_array_equal(before, after)
+
+
+def test_what_ends_an_answer(tokenizers, byte_level):
+  make = lambda tokenizer, template: Processor(tokenizer, VISION, 5, template, 100, 1)
+  assert make(tokenizers[False], "vicuna_v1").end_id == 2
+  processor = make(byte_level["qwen2"], "chatml")
+  assert processor.end_id == processor.tokenizer.token_id("<|im_end|>")
+  with pytest.raises(DataError, match="choose another data.template"):
+    make(tokenizers[False], "chatml")

@@ -1,15 +1,18 @@
 """The whole model against the released one: pixels and ids in; embeddings, logits, loss, gradients and answers out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import released
+from flax import nnx
 
-from mllm_jax import parameters
-from mllm_jax.batch import Batch
+from mllm_jax import parameters, recipes
+from mllm_jax.batch import NEWLINE, Batch
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from mllm_jax.data import layout
+from mllm_jax.data import layout, tiles
 from mllm_jax.data.chat import Encoded
 from mllm_jax.models import mllm, projectors
 from mllm_jax.models.decoder import KVCache
@@ -22,29 +25,36 @@ PROJECTORS = {
 }
 
 
+CONFIG = ModelConfig(
+  vision=VisionConfig(width=16, layers=3, heads=2, mlp_width=32),
+  decoder=DecoderConfig(vocab_size=320, width=64, layers=4, heads=4, kv_heads=4, head_width=16, mlp_width=160),
+  dtype="float32",
+  remat="none",
+)
+
+
 @pytest.fixture(scope="module", params=PROJECTORS)
 def case(request):
   """(name, golden, model with its weights)."""
   golden = released.read(request.param)
+  config = dataclasses.replace(CONFIG, projector=PROJECTORS[request.param])
+  return request.param, golden, load(config, released.group(golden, "w."))
+
+
+def load(config, projector):
+  """A model with the goldens' towers and the released tensors of a projector."""
   tower = released.group(released.read("e2e_crop_dfi"), "clip.")
   decoder = released.group(released.read("llama_mha"), "w.")
-  config = ModelConfig(
-    vision=VisionConfig(width=16, layers=3, heads=2, mlp_width=32),
-    decoder=DecoderConfig(vocab_size=320, width=64, layers=4, heads=4, kv_heads=4, head_width=16, mlp_width=160),
-    projector=PROJECTORS[request.param],
-    dtype="float32",
-    remat="none",
-  )
   graphdef, shapes = parameters.flatten(mllm.abstract(config))
   flat = {}
   for prefix, table, arrays in (
     ("vision/", clip.table(config.vision), tower),
-    ("projector/", spatial.table(config.projector, GRID), released.group(golden, "w.")),
+    ("projector/", spatial.table(config.projector, GRID), projector),
     ("decoder/", llama.table(config.decoder), decoder),
   ):
     targets = {path: shape for path, shape in shapes.items() if path.startswith(prefix)}
     flat |= mapping.load(released.weights(arrays), table, targets)
-  return request.param, golden, parameters.unflatten(graphdef, flat)
+  return parameters.unflatten(graphdef, flat)
 
 
 def make_batch(ids, trained_on, pictures, tokens_per_crop, length):
@@ -115,6 +125,47 @@ def test_greedy_answer(case):
   cached, first_logits = with_cache(model.decoder, config, embeddings, steps)
   released.check_close("first logits", first_logits, golden["gen.first_logits"], relative=1e-5)
   assert cached == without_cache(model.decoder, embeddings, steps) == golden["gen.out"][0, 1:].tolist()
+
+
+def test_tiled_images():
+  """The released path for pictures of any shape: five crops, a newline after each row of the tiles."""
+  golden, picture = released.read("e2e_anyres"), released.read("img_wide640x360")
+  weights = released.group(released.read("e2e_crop_dfi"), "w.") | released.group(golden, "w.")
+  assert "model.image_newline" in weights
+  config = dataclasses.replace(CONFIG, projector=dataclasses.replace(PROJECTORS["e2e_crop_dfi"], image_newline=True))
+  model = load(config, weights)
+  crops = np.zeros((1, 6, 336, 336, 3), np.uint8)  # with a crop that is not used
+  crops[0, :5] = picture["anyres.tiles_uint8"].transpose(0, 2, 3, 1)
+  table = tiles.table_rows(*golden["image_size_wh"], config.vision, projectors.tokens_per_crop(config))
+  encoded = Encoded(golden["input_ids"][0].astype(np.int32), golden["input_ids"][0] > 0)
+  row = layout.expand(encoded, [len(table)], table_rows=table)
+  assert len(row.tokens) == golden["trunc2048.len"]
+  embed = released.jit(lambda m, tokens, index, pixels: m.embed(tokens, index, m.visual_tokens(pixels)))
+  embeddings = np.asarray(embed(model, row.tokens[None], row.visual_index[None], crops))
+  released.check_close("anyres embeddings", embeddings, golden["out.inputs_embeds"], relative=0, floor=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["spatial", "mlp2x_gelu"])
+def test_the_newline_of_either_projector(kind):
+  """A parameter of the projector's, initialised and trained with it, that stands where the layout says."""
+  config = dataclasses.replace(CONFIG, projector=dataclasses.replace(PROJECTORS["e2e_crop_dfi"], kind=kind))
+  without = parameters.flatten(mllm.abstract(config))[1]
+  config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, image_newline=True))
+  shapes = parameters.flatten(mllm.abstract(config))[1]
+  assert set(shapes) - set(without) == {"projector/image_newline"}
+  rates = parameters.match(recipes.parameter_table(projector=1e-3), list(shapes), "parameters")
+  assert rates["projector/image_newline"] == 1e-3
+
+  newlines = lambda seed: projectors.make(config, nnx.Rngs(seed)).image_newline[...]
+  drawn = np.asarray([newlines(seed) for seed in range(8)])
+  assert abs(drawn.std() - 1 / 8) < 0.01 and drawn[0].tolist() != drawn[1].tolist()  # normal over sqrt(D); D is 64
+
+  model = mllm.Mllm(config, rngs=nnx.Rngs(0))
+  index, visual = np.array([[-1, 0, NEWLINE, 1]], np.int32), jnp.ones((1, 2, 64)) * jnp.array([[2.0], [3.0]])
+  embeddings = np.asarray(model.embed(np.array([[5, 0, 0, 0]], np.int32), index, visual))[0]
+  np.testing.assert_array_equal(embeddings[0], np.asarray(model.decoder.embed(np.array([[5]])))[0, 0])
+  assert (embeddings[1] == 2).all() and (embeddings[3] == 3).all()
+  np.testing.assert_array_equal(embeddings[2], np.asarray(model.projector.image_newline[...]))
 
 
 def with_cache(decoder, config, embeddings, steps):

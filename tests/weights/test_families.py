@@ -16,6 +16,7 @@ from mllm_jax.models import mllm
 from mllm_jax.models.projectors.spatial import map_sizes
 from mllm_jax.weights import clip, llama, mapping, mlp, peft, qwen2, siglip, spatial
 from mllm_jax.weights.io import WeightsError, open_weights
+from mllm_jax.weights.recognise import projector_table
 
 CLIP = VisionConfig(image_size=56, patch_size=14, width=16, layers=3, heads=2, mlp_width=24)
 SIGLIP = dataclasses.replace(CLIP, class_token=False, patch_bias=True, pre_norm=False)
@@ -104,11 +105,19 @@ def test_each_part_finds_its_own_in_every_layout_of_a_whole_checkpoint(tmp_path,
         claims[key].append(prefix)
   assert all(len(prefixes) == 1 for prefixes in claims.values()), claims
 
-  newline = {"model.image_newline": np.zeros(16, np.float32)}
+  newline = {"model.image_newline": np.arange(16, dtype=np.float32)}
   save_file(tensors | newline, tmp_path / "model.safetensors")
-  for prefix, table in tables.items():
-    with pytest.raises(WeightsError, match=r"1 problems\n.*unexpected: model.image_newline.*tiled images"):
-      mapping.load(open_weights(tmp_path), table, targets_of(part(arrays, prefix)))
+  for prefix in ("vision/", "decoder/"):
+    assert mapping.load(open_weights(tmp_path), tables[prefix], targets_of(part(arrays, prefix)))
+  wanted = part(arrays, "projector/")
+  with pytest.raises(WeightsError, match=r"1 problems\n.*unexpected: model.image_newline.*tiled images"):
+    mapping.load(open_weights(tmp_path), tables["projector/"], targets_of(wanted))
+  _, vision, _, _, projector = MODELS[name]
+  table = projector_table(dataclasses.replace(projector, image_newline=True), vision.grid)
+  wanted |= {"projector/image_newline": newline["model.image_newline"]}
+  loaded = mapping.load(open_weights(tmp_path), table, targets_of(wanted))
+  np.testing.assert_array_equal(loaded["projector/image_newline"], newline["model.image_newline"])
+  assert "model.image_newline" in mapping.export(wanted, table)
 
 
 def test_names_as_the_layouts_have_them():
@@ -180,12 +189,14 @@ def variants():
         yield ProjectorConfig(sizes=(9, 27), **fields), 27
   yield ProjectorConfig(maps="pooling", sizes=(1, 5, 24), dfi_kernel=0, conv_width=8), 24
   yield MLP, 24
+  yield dataclasses.replace(MLP, image_newline=True), 24
+  yield ProjectorConfig(conv_width=8, image_newline=True), 24
 
 
 def shapes_by_name(config, grid):
   """What `spatial.recognise` is told of a file with the projector `config`: kernels have their real sizes."""
   if config.kind == "mlp2x_gelu":
-    return {row.foreign: (4,) for row in mlp.table().rows}
+    return {row.foreign: (4,) for row in projector_table(config, grid).rows}
   sides = {f"projector/sfe/kernels/{place}": side for place, side in enumerate(map_sizes(config, grid))}
   sides["projector/dfi/kernel"] = config.dfi_kernel
   side_of = lambda row: (8, 3, sides[row.ours], sides[row.ours]) if row.ours in sides else (4,)
@@ -198,7 +209,7 @@ def test_released_projectors_are_recognised(prefix):
   for config, grid in variants():
     shapes = {prefix + name: shape for name, shape in shapes_by_name(config, grid).items()}
     found = spatial.recognise(shapes | {"model.layers.0.mlp.up_proj.weight": (2, 2), "lm_head.weight": (4, 2)}, grid)
-    assert found.kind == config.kind
+    assert (found.kind, found.image_newline) == (config.kind, config.image_newline)
     if config.kind == "spatial":
       assert spatial.table(found, grid) == spatial.table(config, grid), (config, found)
       assert (found.dfi_kernel, found.conv_width) == (config.dfi_kernel, 8)
@@ -226,7 +237,6 @@ def test_recognised_in_the_words_of_the_recipes():
     ({"tfm_4.encoder.norm.weight": (1024,), "query_4": (1, 1, 1024)}, "tfm_4.encoder.*transformer variant.*query_4"),
     ({"conv_small.weight": (512, 1024, 12, 12)}, "conv_small.weight.*several detail maps"),
     ({"conv_4.3.weight": (512, 1024, 2, 2)}, r"conv_4.3.weight \(512, 1024, 2, 2\).*stacked small"),
-    ({"model.image_newline": (4096,)}, "image_newline.*tiled"),
     ({"conv_6.weight": (512, 1024, 5, 5)}, r"conv_6.weight \(512, 1024, 5, 5\)"),
     ({"conv_26.weight": (512, 1024, 26, 26)}, "conv_26.weight.*"),
     ({"conv_7.weight": (512, 1024, 7, 7)}, "conv_7.weight.*"),

@@ -1,5 +1,8 @@
 """Projectors: from patch features [B, P, C] to visual tokens [B, T, D]."""
 
+import math
+
+import jax
 from flax import nnx
 
 from mllm_jax.config import ConfigError, ModelConfig
@@ -11,10 +14,14 @@ def make(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
   """The projector that `config.projector.kind` names, between the widths of the two towers."""
   vision, projector, width = config.vision, config.projector, config.decoder.width
   if projector.kind == "mlp2x_gelu":
-    return MlpProjector(vision.width, width, rngs=rngs)
-  if projector.kind == "spatial":
-    return SpatialProjector(projector, vision.grid, vision.width, width, rngs=rngs)
-  raise ConfigError(f"projector.kind={projector.kind!r} is unknown; known: spatial, mlp2x_gelu")
+    module = MlpProjector(vision.width, width, rngs=rngs)
+  elif projector.kind == "spatial":
+    module = SpatialProjector(projector, vision.grid, vision.width, width, rngs=rngs)
+  else:
+    raise ConfigError(f"projector.kind={projector.kind!r} is unknown; known: spatial, mlp2x_gelu")
+  if projector.image_newline:  # no part of the projection: `Mllm.embed` puts it between the rows of tiles
+    module.image_newline = nnx.Param(jax.random.normal(rngs.params(), (width,)) / math.sqrt(width))
+  return module
 
 
 def tokens_per_crop(config: ModelConfig) -> int:

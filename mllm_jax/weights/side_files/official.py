@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_jax.config import ConfigError, ModelConfig, VisionConfig
 from mllm_jax.data import chat
+from mllm_jax.data.tiles import GRIDS
 from mllm_jax.models.projectors.spatial import map_sizes
 from mllm_jax.weights.side_files.files import check_dtype, text_config, write_json
 
@@ -140,16 +141,25 @@ def config(model: ModelConfig, vision_source: str, dtype: str) -> dict[str, Any]
     "mm_projector_lr": None,
     "mm_vision_select_layer": model.vision.select_layer,
     "mm_vision_select_feature": "patch",
-    "mm_patch_merge_type": "flat",
+    "mm_patch_merge_type": "spatial_unpad" if model.projector.image_newline else "flat",
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
     "use_mm_proj": True,
-    "image_aspect_ratio": "pad",
+    **image_aspect(model),
     "tune_mm_mlp_adapter": False,
     "freeze_mm_mlp_adapter": False,
     "tokenizer_padding_side": "right",
     "tokenizer_model_max_length": MODEL_MAX_LENGTH,
   }
+
+
+def image_aspect(model: ModelConfig) -> dict[str, Any]:
+  """How the released code makes pictures fit the tower; a model with a token between rows of tiles takes tiles."""
+  if not model.projector.image_newline:
+    return {"image_aspect_ratio": "pad"}
+  tile = model.vision.image_size
+  grids = [[columns * tile, rows * tile] for columns, rows in GRIDS]
+  return {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grids}
 
 
 def literals(model: ModelConfig) -> Literals | None:

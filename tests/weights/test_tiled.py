@@ -1,0 +1,68 @@
+"""Models of tiled images in the words of the released code, LLaVA-1.6's and LLaVA-SP's."""
+
+import dataclasses
+import json
+
+import layouts
+import numpy as np
+import pytest
+
+import mllm_jax
+from mllm_jax.config import DataConfig, ProjectorConfig
+from mllm_jax.weights import assemble
+from mllm_jax.weights.known import WeightsError
+from mllm_jax.weights.side_files.official import image_aspect
+
+PROJECTORS = {
+  "mlp": ProjectorConfig(kind="mlp2x_gelu", image_newline=True),
+  "spatial": ProjectorConfig(stride=1, dfi_kernel=0, conv_width=4, image_newline=True),
+}
+
+
+def folder_of(path, projector, **fields):
+  """(model, its folder as the released code writes it, with these fields of config.json)."""
+  model = dataclasses.replace(layouts.model(), projector=projector)
+  tower = layouts.vision_folder(path / "clip", model)
+  folder = layouts.official_folder(path / "model", model, str(tower))
+  content = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(content | fields))
+  return model, folder
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_a_released_model_is_read_and_asked_with_tiles(tmp_path, name):
+  side = layouts.model().vision.image_size
+  aspect = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+  grids = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
+  model, folder = folder_of(tmp_path, PROJECTORS[name], **aspect, image_grid_pinpoints=grids)
+  assert image_aspect(model) == {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grids}
+  loaded, processor = mllm_jax.load(str(folder))
+  expected = layouts.arrays(model, "projector")["projector/image_newline"]
+  np.testing.assert_array_equal(loaded.projector.image_newline[...], expected)
+  assert loaded.config.projector.image_newline and processor.image_aspect == "anyres"
+
+
+@pytest.mark.parametrize(
+  "fields,told",
+  [
+    ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type='flat'"),
+    ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial'"),
+    ({"image_aspect_ratio": "anyres_max_9", "mm_patch_merge_type": "spatial_unpad"}, "anyres_max_9"),
+    (
+      {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[336, 336]]},
+      r"image_grid_pinpoints=\[\[336, 336\]\]",
+    ),
+  ],
+)
+def test_other_ways_of_tiling_are_refused(tmp_path, fields, told):
+  _, folder = folder_of(tmp_path, PROJECTORS["mlp"], **fields)
+  with pytest.raises(WeightsError, match=told):
+    assemble.open_model(str(folder))
+
+
+def test_tiles_need_the_token(tmp_path):
+  from mllm_jax import build
+  from mllm_jax.config import ConfigError
+
+  with pytest.raises(ConfigError, match="image_aspect=anyres needs model.projector.image_newline=True"):
+    build.make_processor(layouts.model(), "", DataConfig(image_aspect="anyres"))
