@@ -28,7 +28,8 @@ from mllm_jax.data.chat import VOCABULARY_FILES, load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm, abstract
-from mllm_jax.weights import assemble, folder, places
+from mllm_jax import places
+from mllm_jax.weights import assemble, folder
 from mllm_jax.weights.fingerprint import fingerprint
 from mllm_jax.weights.known import WeightsError, lookup
 from mllm_jax.weights.mapping import place

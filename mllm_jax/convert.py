@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = {"import": run_import, "export": run_export, "inspect": run_inspect, "verify": run_verify}
   try:
     return commands[args.command](args) or 0
-  except (WeightsError, ConfigError) as error:
+  except (PlaceError, ConfigError) as error:
     say(f"error: {error}")
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):

@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = arguments(argv)
   try:
     answer(args)
-  except (DataError, ConfigError, WeightsError) as error:
+  except (DataError, ConfigError, PlaceError) as error:
     note(f"error: {error}")
     return 2
   except RuntimeError as error:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig
-from mllm_jax.weights import places
+from mllm_jax import places
 from mllm_jax.weights.known import lookup
 
 # Published data sets by the name of their annotation file: how to get the file, and how to get the pictures.

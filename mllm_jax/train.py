@@ -19,7 +19,7 @@ from mllm_jax import preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
 from mllm_jax.data.records import DataError
-from mllm_jax.weights.known import WeightsError
+from mllm_jax.places import PlaceError
 
 
 class Stop:
@@ -222,7 +222,7 @@ def save_model(workdir: Path) -> None:
   try:
     stored, _ = build.open_run(str(workdir))
     folder.write(target, stored.manifest, stored.tensors, stored.tokenizer, overwrite=True)
-  except (WeightsError, OSError) as error:
+  except (PlaceError, OSError) as error:
     raise Stopped(
       1, f"trained and saved, but {target} cannot be written: {error}; the same command tries only that again"
     ) from error
@@ -408,7 +408,7 @@ def main(argv: list[str]) -> int:
   if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv):
     print(help_text(__doc__))
     return 0
-  expected = (ConfigError, DataError, WeightsError)  # what a user can put right before the run
+  expected = (ConfigError, DataError, PlaceError)  # what a user can put right before the run
   try:
     run(*parse(argv))
   except expected as error:

@@ -5,15 +5,18 @@ Every array is height x width x channel, whatever its size: the released process
 first and refuses a 1x1 one.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mllm_jax.config import VisionConfig
+from mllm_jax.data import image_files
 from mllm_jax.data.records import DataError
+from mllm_jax.places import PlaceError
 
 # What Pillow raises on damaged files: its plugins let the exceptions of the parsers below them through.
 DAMAGED = (
@@ -31,31 +34,41 @@ DAMAGED = (
 )
 
 
-def load(path: str, *, sample_name: str = "") -> Image.Image:
-  """Decodes a file to 8-bit RGB.
+def load(source: str | bytes, *, sample_name: str = "") -> Image.Image:
+  """Decodes a file, given by its path (local or remote) or as its bytes, to 8-bit RGB.
 
   As in the released path: the first frame of an animation, alpha dropped and not composited, EXIF orientation ignored
   (boxes in the conversations refer to the stored pixels). Unlike it, 16-bit greyscale is rescaled to 8 bits; Pillow's
-  own conversion clips it at 255, which turns most such pictures white.
+  own conversion clips it at 255, which turns most such pictures white. A missing file is looked for under the other
+  extensions of `image_files.EXTENSIONS`.
 
   Raises:
     DataError: the file is missing, not an image, truncated, damaged, or beyond Pillow's limit for decompression bombs.
   """
-  prefix = f"{sample_name}: " if sample_name else ""
+  return load_with_mode(source, sample_name=sample_name)[0]
+
+
+def load_with_mode(source: str | bytes, *, sample_name: str = "") -> tuple[Image.Image, str]:
+  """`load`, and the mode of the stored pixels in Pillow's words, such as "RGBA" or "I;16"."""
+  what = source if isinstance(source, str) else f"of {len(source)} bytes inside the record"
+  prefix = f"{sample_name}: image {what}" if sample_name else f"image {what}"
   try:
-    with Image.open(path) as image:
+    data = image_files.read(source) if isinstance(source, str) else source
+    with Image.open(io.BytesIO(data)) as image:
+      mode = image.mode
       image.seek(0)
-      return to_rgb(image)  # Pillow reads lazily: a truncated file shows itself only here
+      return to_rgb(image), mode  # Pillow reads lazily: a truncated file shows itself only here
   except FileNotFoundError:
     raise DataError(
-      f"{prefix}image {path} is missing; restore the file, set data.image_folder, or take the sample out"
+      f"{prefix} is missing; restore the file, set data.image_folder, or take the sample out"
     ) from None
-  except DataError as error:
-    raise DataError(f"{prefix}image {path}: {error}") from error
+  except (DataError, PlaceError) as error:
+    raise DataError(f"{prefix}: {error}") from error
   except DAMAGED as error:
+    # Pillow names the buffer by its address, which would make the same fault another text each time.
+    reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
     raise DataError(
-      f"{prefix}image {path} cannot be decoded ({type(error).__name__}: {error}); "
-      "fetch the file again or take the sample out"
+      f"{prefix} cannot be decoded ({type(error).__name__}: {reason}); fetch the file again or take the sample out"
     ) from error
 
 

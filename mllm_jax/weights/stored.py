@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mllm_jax.weights.buffers import Index
-from mllm_jax.weights.places import Bytes
+from mllm_jax.places import Bytes
 
 AXES = 64  # numpy's and torch's limit
 

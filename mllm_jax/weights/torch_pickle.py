@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from mllm_jax.weights.errors import brief
-from mllm_jax.weights.places import Bytes
+from mllm_jax.places import Bytes
 
 STORAGE_DTYPES = {
   "FloatStorage": np.float32,

@@ -9,7 +9,7 @@ import struct
 from typing import NamedTuple
 
 from mllm_jax.weights.errors import brief
-from mllm_jax.weights.places import Bytes
+from mllm_jax.places import Bytes
 
 END = struct.Struct("<4s4H2LH")  # of the central directory
 END64 = struct.Struct("<4sQ2H2L4Q")
