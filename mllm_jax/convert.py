@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mllm_jax.config import ConfigError
+from mllm_jax.places import PlaceError
 from mllm_jax.weights.errors import WeightsError
 
 # What needs jax is imported where it is used, so that a mistyped argument is answered at once.

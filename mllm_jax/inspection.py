@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mllm_jax import build, parameters
+from mllm_jax import build, parameters, places
 from mllm_jax.batch import Batch
 from mllm_jax.config import ConfigError, ModelConfig, to_dict
 from mllm_jax.models.mllm import abstract
 from mllm_jax.models.projectors import tokens_per_crop
-from mllm_jax import places
+from mllm_jax.places import PlaceError
 from mllm_jax.weights import buffers
 from mllm_jax.weights.assemble import StoredModel
 from mllm_jax.weights.errors import WeightsError

@@ -59,9 +59,7 @@ def load_with_mode(source: str | bytes, *, sample_name: str = "") -> tuple[Image
       image.seek(0)
       return to_rgb(image), mode  # Pillow reads lazily: a truncated file shows itself only here
   except FileNotFoundError:
-    raise DataError(
-      f"{prefix} is missing; restore the file, set data.image_folder, or take the sample out"
-    ) from None
+    raise DataError(f"{prefix} is missing; restore the file, set data.image_folder, or take the sample out") from None
   except (DataError, PlaceError) as error:
     raise DataError(f"{prefix}: {error}") from error
   except DAMAGED as error:
@@ -83,16 +81,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-  """Centres an RGB image on a square as long as its longer side; an odd pixel goes below or to the right.
-
-  Raises:
-    DataError: the square is beyond Pillow's limit for decompression bombs (a strip may be small, its square not).
-  """
+def check_square(image: Image.Image) -> None:
+  """Raises DataError where the square around an image is beyond Pillow's limit for decompression bombs: a strip may be
+  small, its square not."""
   width, height = image.size
   side = max(width, height)
   if Image.MAX_IMAGE_PIXELS is not None and side * side > 2 * Image.MAX_IMAGE_PIXELS:
     raise DataError(f"an image of {width} x {height} needs a square of {side} x {side} pixels; shrink it first")
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+  """Centres an RGB image on a square as long as its longer side; an odd pixel goes below or to the right.
+
+  Raises DataError as `check_square` does.
+  """
+  check_square(image)
+  width, height = image.size
+  side = max(width, height)
   if width == height:
     return image
   square = Image.new("RGB", (side, side), fill)

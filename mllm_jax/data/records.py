@@ -120,8 +120,10 @@ class Problem(NamedTuple):
   text: str
 
 
-def check(records: Records, *, max_images: int, processes: int = 1) -> list[str]:
-  """Looks for everything that would stop a run, without decoding images. Returns one line per problem, in file order.
+def check(records: Records, *, max_images: int, processes: int = 1) -> list[tuple[int, str]]:
+  """Looks for everything that would stop a run, without decoding images.
+
+  Returns (sample, one line with its name, the problem and the remedy) for each problem, in file order.
 
   Found are: samples whose structure is wrong, missing image files, a number of `<image>` placeholders in the human
   turns other than the number of images, more than `max_images` images, no human turn, and no answer to train on.
@@ -137,16 +139,16 @@ def check(records: Records, *, max_images: int, processes: int = 1) -> list[str]
     return [line for lines in found for line in lines]
 
 
-def check_part(records: Records, part: Iterable[int], max_images: int) -> list[str]:
+def check_part(records: Records, part: Iterable[int], max_images: int) -> list[tuple[int, str]]:
   """What `check` says of some samples."""
   problems = []
   for i in part:
     try:
       sample = records[i]
     except DataError as error:
-      problems.append(str(error))
+      problems.append((i, str(error)))
     else:
-      problems += [f"{sample.name}: {problem.text}" for problem in sample_problems(sample, max_images)]
+      problems += [(i, f"{sample.name}: {problem.text}") for problem in sample_problems(sample, max_images)]
   return problems
 
 
@@ -155,7 +157,7 @@ def _remember(records: Records) -> None:
   _records = records
 
 
-def _check_remembered(work: tuple[range, int]) -> list[str]:
+def _check_remembered(work: tuple[range, int]) -> list[tuple[int, str]]:
   return check_part(_records, *work)
 
 

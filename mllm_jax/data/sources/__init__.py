@@ -1,8 +1,8 @@
 """Sources: what a run can read samples from. Each is a `Records`; the path says which kind.
 
-  FILE.json, FILE.jsonl           LLaVA's formats (`json_file`), local or PROTOCOL://
-  FOLDER, GLOB, FILE.arrayrecord  shards with the images inside, as `python -m mllm_jax.data prepare` writes them
-  tfds:NAME:SPLIT[:MAPPING]       a TensorFlow dataset in ArrayRecord format (`tfds`); data_dir is the image folder
+FILE.json, FILE.jsonl           LLaVA's formats (`json_file`), local or PROTOCOL://
+FOLDER, GLOB, FILE.arrayrecord  shards with the images inside, as `python -m mllm_jax.data prepare` writes them
+tfds:NAME:SPLIT[:MAPPING]       a TensorFlow dataset in ArrayRecord format (`tfds`); data_dir is the image folder
 """
 
 import os
