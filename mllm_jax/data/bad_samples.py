@@ -25,9 +25,12 @@ T = TypeVar("T")
 
 
 class Made(NamedTuple, Generic[T]):
-  """name: the id of the sample that `value` was made of, or that is skipped. value: None for a sample to skip. problem: "" if there was
-  none, else the error of the sample that was asked for. index: the sample that was asked for. used: the sample that was
-  used, -1 for none.
+  """What became of one sample.
+
+  name: the id of the sample that `value` was made of, or that is skipped.
+  value: None for a sample to skip.
+  problem: the error of the sample that was asked for, "" if there was none.
+  index, used: the sample that was asked for, and the one that was used (-1: none).
   """
 
   name: str

@@ -114,7 +114,7 @@ def join_image(folder: str, path: str) -> str:
 
 
 class Problem(NamedTuple):
-  """What makes a sample unusable: its kind in a word or two, and all of it with the remedy, without the sample's name."""
+  """What makes a sample unusable: its kind in a word or two, and a text with the remedy, without the sample's name."""
 
   kind: str
   text: str

@@ -7,6 +7,7 @@ import os
 from mllm_jax import preflight
 from mllm_jax.command_line import parse
 from mllm_jax.config import ConfigError, DataConfig, VisionConfig
+from mllm_jax.data.chat import load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import Records
 from mllm_jax.data.sources.mix import open_data
@@ -68,7 +69,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
     data, **{name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
   )
   if not data.path and not data.mix:
-    raise ConfigError("which data? name a recipe with --config=FILE, or a file with --path=FILE --image_folder=DIR")
+    raise ConfigError("which data? name a recipe with --config=FILE, or the data with --path=FILE --image_folder=DIR")
   seed = args.seed if args.seed is not None else (recipe.seed if recipe else 0)
   return DataSettings(data, seed, recipe, stage)
 
@@ -77,13 +78,11 @@ def processor(args: argparse.Namespace, settings: DataSettings) -> Processor | N
   """What makes rows of the samples; None without a recipe and without --llm. Raises what `build` raises."""
   if not settings.recipe and not args.llm:
     return None
-  from mllm_jax import build  # takes seconds
-
   if settings.recipe:
+    from mllm_jax import build  # takes seconds
+
     model = build.architecture(settings.recipe.model, settings.stage.lora)
     return build.make_processor(model, build.tokenizer_folder(settings.recipe.model.llm), settings.data)
-  from mllm_jax.data.chat import load_tokenizer
-
   data = settings.data
-  tokenizer = load_tokenizer(build.tokenizer_folder(args.llm))
+  tokenizer = load_tokenizer(args.llm)
   return Processor(tokenizer, VisionConfig(), args.tokens_per_image, data.template, data.max_length, data.max_images)

@@ -132,6 +132,14 @@ def _not_a_list(path: str, local: str, error: scan.NotAList) -> DataError:
         _parse(_bytes(file, start, stop))
       except ValueError as reason:
         return _bad_element(path, local, error.elements, i, reason)
+    stops = error.elements.stops
+    if error.byte < 0 and len(error.elements.starts):
+      try:
+        _parse(_bytes(file, int(stops[-1]) + 1, int(stops[-1]) + 1 + SMALL_BYTES))
+      except ValueError as reason:
+        line = _line(local, int(stops[-1]) + 1) + (reason.lineno - 1 if isinstance(reason, json.JSONDecodeError) else 0)
+        what = f"line {line}: {_reason(reason)}, and the list does not end"
+        return DataError(f"{path}: not JSON ({what}); copy the file again if it was cut, else write it again")
   if error.byte < 0:
     what = f"line {_line(local, os.path.getsize(local))}: the list does not end; was the file cut?"
     return DataError(f"{path}: not JSON ({what}); copy or write it again")

@@ -18,7 +18,11 @@ for _characters, _kind in ((b'"', QUOTE), (b"\\", BACKSLASH), (b",", COMMA), (b"
 
 
 class NotAList(Exception):
-  """The bytes do not have the structure of one JSON list; `byte` is the place where that shows, if at one."""
+  """The bytes do not have the structure of one JSON list.
+
+  elements: those that came before; behind the last one there may be another that does not end.
+  byte: where it shows; -1: at the file's end.
+  """
 
   def __init__(self, elements: "Elements", byte: int):
     super().__init__()
@@ -70,7 +74,7 @@ def json_list(file: BinaryIO) -> Elements:
       _only_space(file, start, chunk, closed_at, separators, openings)
       break
   elements = _elements(separators, openings)
-  if closed_at < 0:
+  if closed_at < 0 or not len(elements.starts):
     raise NotAList(elements, -1)
   opened_at = int(elements.starts[0]) - 1
   if not _blank(file, 0, opened_at) or _bytes(file, opened_at, opened_at + 1) != b"[":

@@ -57,7 +57,7 @@ class TfdsRecords(Records):
       raise DataError(f"{path}: tensorflow-datasets is not installed; pip install tensorflow-datasets") from error
     name, _, config = spec["name"].partition("/")
     try:
-      # Not tfds.builder: that imports the data set's own code, and with it TensorFlow, to read what is prepared already.
+      # Not tfds.builder: that imports the data set's own code, and with it TensorFlow, to read what is there already.
       builder = tfds.core.read_only_builder.builder_from_files(
         name, config=config or None, data_dir=data_dir or os.environ.get("TFDS_DATA_DIR")
       )
