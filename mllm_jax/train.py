@@ -232,7 +232,7 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
   """The batches of a stage, after a look at every record. Raises DataError with all that is wrong."""
   import jax
 
-  from mllm_jax.data.bad_samples import BadSamples
+  from mllm_jax.data.bad_samples import MINIMUM, BadSamples
   from mllm_jax.data.pipeline import TrainingBatches
   from mllm_jax.data.sources.mix import open_data
 
@@ -250,7 +250,7 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
     process_count=jax.process_count(),
     threads=config.loader_threads,
     on_bad_sample=stage.data.on_bad_sample,
-    bad_samples=BadSamples(stage.data.max_bad_share, folder),
+    bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
   )
 
 

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
           file.write(json.dumps({"index": index, "problem": problem}, ensure_ascii=False) + "\n")
       bar.update(planned(number, plan))
   check_share(bad, seen, settings.data.max_bad_share, f"; {out / FILE} lists them")
+  if bad == seen:
+    raise DataError(f"{records.source}: not one of its {seen} samples can be used; {out / FILE} says why")
   shards = [{"name": name, "samples": count(out / name), "bytes": (out / name).stat().st_size} for name in names]
   write_json(out / MANIFEST, {**plan, "shards": shards})
   (out / PLAN).unlink()

@@ -26,6 +26,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--max_length", type=int, help="places of a row (default: 2048)")
   parser.add_argument("--max_images", type=int, help="images that a row has room for (default: 1)")
   parser.add_argument("--on_bad_sample", choices=("error", "skip", "replace"), help="as in a recipe")
+  parser.add_argument("--max_bad_share", type=float, help="as in a recipe (default: 0.01)")
   parser.add_argument("--seed", type=int, default=None, help="of a mix's random shares (default: the recipe's, or 0)")
   parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that share the work")
 
@@ -64,7 +65,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
     data = stage.data
   elif args.overrides:
     raise ConfigError(f"{args.overrides[0]} overrides a recipe; name it with --config=FILE")
-  names = ("path", "image_folder", "template", "max_length", "max_images", "on_bad_sample")
+  names = ("path", "image_folder", "template", "max_length", "max_images", "on_bad_sample", "max_bad_share")
   data = dataclasses.replace(
     data, **{name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
   )
