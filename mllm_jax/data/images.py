@@ -52,21 +52,35 @@ def load_with_mode(source: str | bytes, *, sample_name: str = "") -> tuple[Image
   """`load`, and the mode of the stored pixels in Pillow's words, such as "RGBA" or "I;16"."""
   what = source if isinstance(source, str) else f"of {len(source)} bytes inside the record"
   prefix = f"{sample_name}: image {what}" if sample_name else f"image {what}"
+  return decode(read(source, prefix), prefix)
+
+
+def read(source: str | bytes, name: str) -> bytes:
+  """The encoded bytes of an image, which errors call `name`. Raises DataError where its file cannot be read."""
   try:
-    data = image_files.read(source) if isinstance(source, str) else source
+    return image_files.read(source) if isinstance(source, str) else source
+  except FileNotFoundError:
+    raise DataError(f"{name} is missing; restore the file, set data.image_folder, or take the sample out") from None
+  except PlaceError as error:
+    raise DataError(f"{name}: {error}") from error
+  except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+    raise DataError(f"{name} cannot be read ({error}); restore the file or take the sample out") from error
+
+
+def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
+  """What `load_with_mode` gives, of bytes; errors call the image `name`. Raises DataError as `load` does."""
+  try:
     with Image.open(io.BytesIO(data)) as image:
       mode = image.mode
       image.seek(0)
       return to_rgb(image), mode  # Pillow reads lazily: a truncated file shows itself only here
-  except FileNotFoundError:
-    raise DataError(f"{prefix} is missing; restore the file, set data.image_folder, or take the sample out") from None
-  except (DataError, PlaceError) as error:
-    raise DataError(f"{prefix}: {error}") from error
+  except DataError as error:
+    raise DataError(f"{name}: {error}") from error
   except DAMAGED as error:
     # Pillow names the buffer by its address, which would make the same fault another text each time.
     reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
     raise DataError(
-      f"{prefix} cannot be decoded ({type(error).__name__}: {reason}); fetch the file again or take the sample out"
+      f"{name} cannot be decoded ({type(error).__name__}: {reason}); fetch the file again or take the sample out"
     ) from error
 
 

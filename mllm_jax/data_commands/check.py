@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
   finally:
     if out:
       out.close()
-  print(table(counts, examples))
+  if counts:
+    print(table(counts, examples))
   if maker is None:
     print("lengths were not looked at; name the language model's folder with --llm, or a recipe with --config")
   print(f"{len(records):,} samples, {len(unusable):,} of them unusable" + (f"; all in {args.out}" if args.out else ""))

@@ -15,13 +15,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from mllm_jax.data import image_files, images
+from mllm_jax.data import images
 from mllm_jax.data.bad_samples import FILE, check_share
 from mllm_jax.data.records import DataError, Records, Sample
 from mllm_jax.data.sources import SHARD
 from mllm_jax.data.sources.array_record import MANIFEST, PLAN, VERSION, WRITE_OPTIONS, encode_record, read_manifest
 from mllm_jax.data_commands.settings import add_data_arguments, data_settings
-from mllm_jax.places import PlaceError
 
 PURPOSE = "write the data as ArrayRecord shards with the images inside; --out is then a data.path"
 IDENTIFIED = 1000  # samples whose content tells one data set from another
@@ -177,11 +176,9 @@ def write_shard(records: Records, number: int, name: str, plan: dict, out: str) 
 
 def encoded(image: str | bytes, sample: Sample, max_side: int) -> bytes:
   """The bytes to store. Raises DataError where they are no image that can be decoded."""
-  picture = images.load(image, sample_name=sample.name)
-  try:
-    data = image_files.read(image) if isinstance(image, str) else image
-  except (OSError, PlaceError) as error:
-    raise DataError(f"{sample.name}: image {image} cannot be read ({error})") from error
+  name = f"{sample.name}: image {image if isinstance(image, str) else 'inside the record'}"
+  data = images.read(image, name)
+  picture, _ = images.decode(data, name)
   if not max_side or max(picture.size) <= max_side:
     return data
   scale = max_side / max(picture.size)
