@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mllm_jax import parameters, sharding
+from mllm_jax import parameters, places, sharding
 from mllm_jax.config import (
   Config,
   ConfigError,
@@ -28,7 +28,7 @@ from mllm_jax.data.chat import VOCABULARY_FILES, load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm, abstract
-from mllm_jax.weights import assemble, folder, places
+from mllm_jax.weights import assemble, folder
 from mllm_jax.weights.fingerprint import fingerprint
 from mllm_jax.weights.known import WeightsError, lookup
 from mllm_jax.weights.mapping import place

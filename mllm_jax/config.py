@@ -161,7 +161,14 @@ class ModelRecipe:
 
 @recipe
 class DataConfig:
-  """One data set: a LLaVA JSON or JSONL file and the folder its image paths are relative to.
+  """One data set: a LLaVA JSON or JSONL file and the folder its image paths are relative to; or another source that
+  mllm_jax/data/sources knows.
+
+  mix: further sources, each (path, image folder, share) with a share such as "0.5" (half of its samples), "2.0" (each
+    twice), "first:1000" or "random:1000".
+  on_bad_sample: what becomes of a sample that cannot be used: "error" stops the run, "skip" leaves its row empty,
+    "replace" takes another sample, the same on every machine.
+  max_bad_share: of the samples seen that may be so before the run stops nevertheless.
 
   "{workdir}" in a path stands for the run's folder. Rows longer than max_length are truncated after the visual tokens
   stand in them; every row has max_length places. max_images is the number of image crops a row has room for.
@@ -173,6 +180,9 @@ class DataConfig:
   max_length: int = 2048
   max_images: int = 1
   image_aspect: str = "pad"  # to a square; or "anyres": LLaVA-1.6's tiles, up to five crops an image
+  mix: tuple[tuple[str, str, str], ...] = ()
+  on_bad_sample: str = "error"  # or "skip", "replace"
+  max_bad_share: float = 0.01
 
 
 @recipe

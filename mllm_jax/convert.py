@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mllm_jax.config import ConfigError
+from mllm_jax.places import PlaceError
 from mllm_jax.weights.errors import WeightsError
 
 # What needs jax is imported where it is used, so that a mistyped argument is answered at once.
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = {"import": run_import, "export": run_export, "inspect": run_inspect, "verify": run_verify}
   try:
     return commands[args.command](args) or 0
-  except (WeightsError, ConfigError) as error:
+  except (PlaceError, ConfigError) as error:
     say(f"error: {error}")
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):

@@ -17,7 +17,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data import images
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Turn
 from mllm_jax.inference.settings import Sampling
-from mllm_jax.weights.known import WeightsError
+from mllm_jax.places import PlaceError
 
 # jax and the tokenizers are imported where they are used, so that a mistyped argument is answered at once.
 
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = arguments(argv)
   try:
     answer(args)
-  except (DataError, ConfigError, WeightsError) as error:
+  except (DataError, ConfigError, PlaceError) as error:
     note(f"error: {error}")
     return 2
   except RuntimeError as error:

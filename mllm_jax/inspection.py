@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mllm_jax import build, parameters
+from mllm_jax import build, parameters, places
 from mllm_jax.batch import Batch
 from mllm_jax.config import ConfigError, ModelConfig, to_dict
 from mllm_jax.models.mllm import abstract
 from mllm_jax.models.projectors import tokens_per_crop
-from mllm_jax.weights import buffers, places
+from mllm_jax.places import PlaceError
+from mllm_jax.weights import buffers
 from mllm_jax.weights.assemble import StoredModel
 from mllm_jax.weights.errors import WeightsError
 from mllm_jax.weights.io import open_weights
@@ -38,7 +39,7 @@ def inspect(path: str) -> dict[str, Any]:
     return report(path, found, parts, (), {"": stored.tensors})
   try:
     found = recognise(path)
-  except WeightsError as error:
+  except PlaceError as error:
     return report(path, f"nothing known: {error}", {}, (), {"": open_weights(path)})
   files = {str(part.weights.path): part.weights for part in found.parts.values()}
   parts = {name: to_dict(part.config) if part.config else {} for name, part in found.parts.items()}
@@ -122,7 +123,7 @@ def compare(a: str, b: str, others: dict[str, str], tolerance: float) -> Compari
   if first[1] is not None:
     try:
       logits, why = compare_logits(first[1], second[1]), ""
-    except (WeightsError, ConfigError) as error:
+    except (PlaceError, ConfigError) as error:
       why = str(error)
   return Comparison(tolerance, differences, only, notes, logits, why)
 
@@ -132,7 +133,7 @@ def contents(path: str, others: dict[str, str]) -> tuple[Tensors, StoredModel | 
   try:
     stored = build.open_any(path, **others).merged()
     return stored.tensors, stored, ""
-  except WeightsError as error:
+  except PlaceError as error:
     reason = str(error)
   files = [path]
   if places.is_dir(path):

@@ -1,11 +1,12 @@
 """What must be right before a run starts, checked in seconds: files, names, sizes. Nothing heavy is imported."""
 
 import dataclasses
+import glob
 import os
 from pathlib import Path
 
+from mllm_jax import places
 from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig
-from mllm_jax.weights import places
 from mllm_jax.weights.known import lookup
 
 # Published data sets by the name of their annotation file: how to get the file, and how to get the pictures.
@@ -49,7 +50,10 @@ def in_workdir(config: Config, workdir: str) -> Config:
   def fill_paths(part):
     return dataclasses.replace(part, path=fill(part.path), image_folder=fill(part.image_folder))
 
-  fill_stage = lambda stage: dataclasses.replace(stage, data=fill_paths(stage.data))
+  def fill_stage(stage):
+    mix = tuple(tuple(fill(text) if isinstance(text, str) else text for text in row) for row in stage.data.mix)
+    return dataclasses.replace(stage, data=dataclasses.replace(fill_paths(stage.data), mix=mix))
+
   return dataclasses.replace(
     config,
     pretrain=fill_stage(config.pretrain),
@@ -75,21 +79,33 @@ def missing_files(config: Config) -> list[Missing]:
   if not config.demo:
     for name in stage_names(config):
       found += _missing_data(f"{name}.data", getattr(config, name).data)
-    if config.evaluation.path and not Path(config.evaluation.path).is_file():
+    if config.evaluation.path and not places.exists(config.evaluation.path):
       found.append(Missing("evaluation.path", config.evaluation.path, "name a LLaVA JSON file of questions, or none"))
   return found
 
 
 def _missing_data(field: str, data: DataConfig) -> list[Missing]:
-  commands = DATA_COMMANDS.get(
-    os.path.basename(data.path), ("name a LLaVA JSON or JSONL file", "name the folder of its pictures")
-  )
-  places = {"folder": os.path.dirname(data.path) or ".", "images": data.image_folder or "."}
   found = []
-  if not Path(data.path).is_file():
-    found.append(Missing(f"{field}.path", data.path, commands[0].format(**places)))
-  if not Path(data.image_folder or ".").is_dir():
-    found.append(Missing(f"{field}.image_folder", data.image_folder, commands[1].format(**places)))
+  if data.path or not data.mix:
+    found += _missing_source(field, data.path, data.image_folder)
+  for number, row in enumerate(data.mix):
+    if len(row) == 3:  # others are refused, with the reason, where the mix is opened
+      found += _missing_source(f"{field}.mix[{number}]", row[0], row[1])
+  return found
+
+
+def _missing_source(field: str, path: str, image_folder: str) -> list[Missing]:
+  if path.startswith("tfds:"):  # where those lie is tfds's affair
+    return []
+  commands = DATA_COMMANDS.get(
+    os.path.basename(path), ("name a LLaVA JSON or JSONL file", "name the folder of its pictures")
+  )
+  folders = {"folder": os.path.dirname(path) or ".", "images": image_folder or "."}
+  found = []
+  if not (places.exists(path) if path else False) and not glob.glob(path):
+    found.append(Missing(f"{field}.path", path, commands[0].format(**folders)))
+  if not places.is_dir(image_folder or "."):
+    found.append(Missing(f"{field}.image_folder", image_folder, commands[1].format(**folders)))
   return found
 
 
@@ -134,6 +150,11 @@ def check_stage(name: str, stage: StageConfig, shards: int, processes: int) -> N
       raise ConfigError(
         f"{name}.{field}={value} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}"
       )
+  if stage.data.on_bad_sample not in ("error", "skip", "replace") or not 0 <= stage.data.max_bad_share <= 1:
+    raise ConfigError(
+      f"{name}.data.on_bad_sample={stage.data.on_bad_sample!r} must be error, skip or replace, and "
+      f"max_bad_share={stage.data.max_bad_share} between 0 and 1"
+    )
   if stage.data.max_length < 2 or stage.data.max_images < 1:
     raise ConfigError(f"{name}.data.max_length={stage.data.max_length} must be 2 or more, and max_images 1 or more")
   if not any(rate for _, rate in stage.parameters):

@@ -19,7 +19,7 @@ from mllm_jax import preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
 from mllm_jax.data.records import DataError
-from mllm_jax.weights.known import WeightsError
+from mllm_jax.places import PlaceError
 
 
 class Stop:
@@ -122,7 +122,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   model_config = build.architecture(config.model, stage.lora)
   tokenizer = build.tokenizer_folder(config.model.llm)
   processor = build.make_processor(model_config, tokenizer, stage.data)
-  batches = load_data(config, stage, processor)
+  batches = load_data(config, stage, processor, folder)
 
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))
@@ -222,26 +222,22 @@ def save_model(workdir: Path) -> None:
   try:
     stored, _ = build.open_run(str(workdir))
     folder.write(target, stored.manifest, stored.tensors, stored.tokenizer, overwrite=True)
-  except (WeightsError, OSError) as error:
+  except (PlaceError, OSError) as error:
     raise Stopped(
       1, f"trained and saved, but {target} cannot be written: {error}; the same command tries only that again"
     ) from error
 
 
-def load_data(config: Config, stage: StageConfig, processor):
+def load_data(config: Config, stage: StageConfig, processor, folder: Path):
   """The batches of a stage, after a look at every record. Raises DataError with all that is wrong."""
   import jax
 
+  from mllm_jax.data.bad_samples import MINIMUM, BadSamples
   from mllm_jax.data.pipeline import TrainingBatches
-  from mllm_jax.data.records import Records, check
+  from mllm_jax.data.sources.mix import open_data
 
-  records = Records.load(stage.data.path, stage.data.image_folder)
-  problems = check(records, max_images=stage.data.max_images)
-  if problems:
-    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-    raise DataError(
-      f"{len(problems)} of {len(records)} samples cannot be used:\n  " + "\n  ".join(problems[:10]) + more
-    )
+  records = open_data(stage.data, config.seed)
+  check_records(stage, records)
   return TrainingBatches(
     records,
     processor,
@@ -253,7 +249,27 @@ def load_data(config: Config, stage: StageConfig, processor):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=config.loader_threads,
+    on_bad_sample=stage.data.on_bad_sample,
+    bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
   )
+
+
+def check_records(stage: StageConfig, records) -> None:
+  """Looks at every record, images not decoded. Raises DataError where the stage does not put up with what is found."""
+  from mllm_jax.data.bad_samples import check_share
+  from mllm_jax.data.records import check
+
+  problems = check(records, max_images=stage.data.max_images, processes=os.cpu_count() or 1)
+  if not problems:
+    return
+  bad = len({sample for sample, _ in problems})
+  more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+  lines = "\n  " + "\n  ".join(line for _, line in problems[:10]) + more
+  if stage.data.on_bad_sample == "error":
+    raise DataError(f"{bad} of {len(records)} samples cannot be used:{lines}")
+  check_share(bad, len(records), stage.data.max_bad_share)
+  done = {"skip": "are skipped", "replace": "are replaced by others"}[stage.data.on_bad_sample]
+  say(f"{bad} of {len(records):,} samples cannot be used and {done}:{lines}")
 
 
 def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, folder: Path) -> None:
@@ -335,7 +351,9 @@ def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: 
 def recipe_identity(stage) -> dict:
   """What of a stage's configuration decides its result. Where the data lie does not: they may be moved."""
   content = to_dict(stage)
-  content["data"] = {key: value for key, value in content["data"].items() if key not in ("path", "image_folder")}
+  moved = ("path", "image_folder", "max_bad_share")
+  content["data"] = {key: value for key, value in content["data"].items() if key not in moved}
+  content["data"]["mix"] = [share for _, _, share in stage.data.mix]
   return json.loads(json.dumps(content))
 
 
@@ -408,7 +426,7 @@ def main(argv: list[str]) -> int:
   if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv):
     print(help_text(__doc__))
     return 0
-  expected = (ConfigError, DataError, WeightsError)  # what a user can put right before the run
+  expected = (ConfigError, DataError, PlaceError)  # what a user can put right before the run
   try:
     run(*parse(argv))
   except expected as error:

@@ -5,15 +5,18 @@ Every array is height x width x channel, whatever its size: the released process
 first and refuses a 1x1 one.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mllm_jax.config import VisionConfig
+from mllm_jax.data import image_files
 from mllm_jax.data.records import DataError
+from mllm_jax.places import PlaceError
 
 # What Pillow raises on damaged files: its plugins let the exceptions of the parsers below them through.
 DAMAGED = (
@@ -31,31 +34,53 @@ DAMAGED = (
 )
 
 
-def load(path: str, *, sample_name: str = "") -> Image.Image:
-  """Decodes a file to 8-bit RGB.
+def load(source: str | bytes, *, sample_name: str = "") -> Image.Image:
+  """Decodes a file, given by its path (local or remote) or as its bytes, to 8-bit RGB.
 
   As in the released path: the first frame of an animation, alpha dropped and not composited, EXIF orientation ignored
   (boxes in the conversations refer to the stored pixels). Unlike it, 16-bit greyscale is rescaled to 8 bits; Pillow's
-  own conversion clips it at 255, which turns most such pictures white.
+  own conversion clips it at 255, which turns most such pictures white. A missing file is looked for under the other
+  extensions of `image_files.EXTENSIONS`.
 
   Raises:
     DataError: the file is missing, not an image, truncated, damaged, or beyond Pillow's limit for decompression bombs.
   """
-  prefix = f"{sample_name}: " if sample_name else ""
+  return load_with_mode(source, sample_name=sample_name)[0]
+
+
+def load_with_mode(source: str | bytes, *, sample_name: str = "") -> tuple[Image.Image, str]:
+  """`load`, and the mode of the stored pixels in Pillow's words, such as "RGBA" or "I;16"."""
+  what = source if isinstance(source, str) else f"of {len(source)} bytes inside the record"
+  prefix = f"{sample_name}: image {what}" if sample_name else f"image {what}"
+  return decode(read(source, prefix), prefix)
+
+
+def read(source: str | bytes, name: str) -> bytes:
+  """The encoded bytes of an image, which errors call `name`. Raises DataError where its file cannot be read."""
   try:
-    with Image.open(path) as image:
-      image.seek(0)
-      return to_rgb(image)  # Pillow reads lazily: a truncated file shows itself only here
+    return image_files.read(source) if isinstance(source, str) else source
   except FileNotFoundError:
-    raise DataError(
-      f"{prefix}image {path} is missing; restore the file, set data.image_folder, or take the sample out"
-    ) from None
+    raise DataError(f"{name} is missing; restore the file, set data.image_folder, or take the sample out") from None
+  except PlaceError as error:
+    raise DataError(f"{name}: {error}") from error
+  except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+    raise DataError(f"{name} cannot be read ({error}); restore the file or take the sample out") from error
+
+
+def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
+  """What `load_with_mode` gives, of bytes; errors call the image `name`. Raises DataError as `load` does."""
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      mode = image.mode
+      image.seek(0)
+      return to_rgb(image), mode  # Pillow reads lazily: a truncated file shows itself only here
   except DataError as error:
-    raise DataError(f"{prefix}image {path}: {error}") from error
+    raise DataError(f"{name}: {error}") from error
   except DAMAGED as error:
+    # Pillow names the buffer by its address, which would make the same fault another text each time.
+    reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
     raise DataError(
-      f"{prefix}image {path} cannot be decoded ({type(error).__name__}: {error}); "
-      "fetch the file again or take the sample out"
+      f"{name} cannot be decoded ({type(error).__name__}: {reason}); fetch the file again or take the sample out"
     ) from error
 
 
@@ -70,16 +95,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-  """Centres an RGB image on a square as long as its longer side; an odd pixel goes below or to the right.
-
-  Raises:
-    DataError: the square is beyond Pillow's limit for decompression bombs (a strip may be small, its square not).
-  """
+def check_square(image: Image.Image) -> None:
+  """Raises DataError where the square around an image is beyond Pillow's limit for decompression bombs: a strip may be
+  small, its square not."""
   width, height = image.size
   side = max(width, height)
   if Image.MAX_IMAGE_PIXELS is not None and side * side > 2 * Image.MAX_IMAGE_PIXELS:
     raise DataError(f"an image of {width} x {height} needs a square of {side} x {side} pixels; shrink it first")
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+  """Centres an RGB image on a square as long as its longer side; an odd pixel goes below or to the right.
+
+  Raises DataError as `check_square` does.
+  """
+  check_square(image)
+  width, height = image.size
+  side = max(width, height)
   if width == height:
     return image
   square = Image.new("RGB", (side, side), fill)

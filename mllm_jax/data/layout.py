@@ -24,6 +24,7 @@ class RowArrays(NamedTuple):
 
 
 PADDING = RowArrays(tokens=0, targets=0, loss_weights=0, segment_ids=0, positions=0, visual_index=-1)
+DTYPES = RowArrays(np.int32, np.int32, np.float32, np.int32, np.int32, np.int32)
 
 
 def expand(

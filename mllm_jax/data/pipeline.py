@@ -11,6 +11,7 @@ import numpy as np
 
 from mllm_jax.batch import Batch
 from mllm_jax.config import ConfigError
+from mllm_jax.data.bad_samples import BadSamples, Made, make
 from mllm_jax.data.processor import Processor, Row, collate
 from mllm_jax.data.records import DataError, Records
 
@@ -34,6 +35,8 @@ class TrainingBatches:
     seed: of the shuffling; not negative.
     process_index, process_count: this process among those that share a step.
     threads: that decode and tokenize; 0 does so when a batch is asked for.
+    on_bad_sample: "error", "skip" (a row without trained-on tokens) or "replace"; see `bad_samples`.
+    bad_samples: is told of every sample in the order of the batches; None puts up with any number of bad ones.
 
   Raises:
     ConfigError: batch_size cannot be shared evenly, or the epochs fill no batch.
@@ -53,6 +56,8 @@ class TrainingBatches:
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    on_bad_sample: str = "error",
+    bad_samples: BadSamples | None = None,
   ):
     parts = accumulation * process_count
     if batch_size < 1 or accumulation < 1 or batch_size % parts:
@@ -75,6 +80,9 @@ class TrainingBatches:
     self._shape = (accumulation, batch_size // parts)
     self._process_index = process_index
     self._threads = threads
+    self._seed = seed
+    self._policy = on_bad_sample
+    self._bad_samples = bad_samples
     # Grain shuffles epoch e with its seed + e: not spread out, seed 1 would begin with the second epoch of seed 0.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 2
     self._order = grain.MapDataset.range(len(records)).shuffle(seed=spread_seed).repeat()
@@ -121,12 +129,16 @@ class TrainingBatches:
     )
     rows = iter(places.map(self._row).to_iter_dataset(options))
     for _ in range(start_step, self.steps):
-      step_rows = [next(rows) for _ in range(rows_per_step)]
-      yield [name for name, _ in step_rows], self._batch([row for _, row in step_rows])
+      made = [next(rows) for _ in range(rows_per_step)]
+      for each in made if self._bad_samples else ():
+        self._bad_samples.note(each)
+      yield (
+        [each.name for each in made],
+        self._batch([self._processor.empty_row() if each.value is None else each.value for each in made]),
+      )
 
-  def _row(self, place: int) -> tuple[str, Row]:
-    sample = self._records[self._index(int(place))]
-    return sample.id, self._processor.row(sample)
+  def _row(self, place: int) -> Made[Row]:
+    return make(self._records, self._index(int(place)), self._processor.row, self._policy, self._seed)
 
   def _batch(self, rows: list[Row]) -> Batch:
     flat = collate(rows)

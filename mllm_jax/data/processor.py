@@ -89,6 +89,11 @@ class Processor:
       raise DataError(f"{sample.name}: {error}") from error
     return Row(*layout.pad(places, self.max_length), pixels, grids)
 
+  def empty_row(self) -> Row:
+    """A training row of padding alone, which stands where a sample is skipped."""
+    nothing = layout.RowArrays(*(np.zeros(0, dtype) for dtype in layout.DTYPES))
+    return Row(*layout.pad(nothing, self.max_length), *self._pixels([]))
+
   def prompt(
     self,
     turns: Sequence[Turn],

@@ -1,4 +1,4 @@
-"""Records: LLaVA's JSON and JSON Lines files, read into Samples, and a check that finds bad ones before a run does.
+"""Records: what a sample is, how one is read from LLaVA's JSON, and a check that finds bad ones before a run does.
 
 A sample of such a file:
 
@@ -7,12 +7,16 @@ A sample of such a file:
 """
 
 import dataclasses
-import json
+import multiprocessing
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from mllm_jax import places
+from mllm_jax.data.image_files import locate
 
 IMAGE_PLACEHOLDER = "<image>"
+CHECKED = 20_000  # samples that a process checks at a time
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -35,7 +39,7 @@ class Sample:
 
   id: the file's own id as text; the sample's index where the file gives none.
   index: place in the file, from 0.
-  images: paths, already joined to the image folder, in the order of the placeholders.
+  images: in the order of the placeholders: paths, already joined to the image folder, or the encoded bytes themselves.
   turns: beginning with a human one, roles alternating.
   category: what an evaluation counts the sample under ("" if nothing).
   system: replaces the template's system text; None keeps it.
@@ -44,7 +48,7 @@ class Sample:
 
   id: str
   index: int
-  images: tuple[str, ...]
+  images: tuple[str | bytes, ...]
   turns: tuple[Turn, ...]
   category: str = ""
   system: str | None = None
@@ -57,96 +61,127 @@ class Sample:
 
 
 class Records(Sequence):
-  """The samples of one file, in its order. Its dicts are kept as they are; a Sample is built when asked for."""
+  """The samples of one source in its order; each is made when it is asked for.
 
-  def __init__(self, raw: list[Any], source: str, image_folder: str):
-    self._raw = raw
-    self.source = source
-    self.image_folder = image_folder
+  `source` is how errors call the source. Every kind can be pickled, and used by several threads at a time.
+  """
 
-  @classmethod
-  def load(cls, path: str, image_folder: str) -> "Records":
-    """Reads a JSON list, or JSON Lines where the name ends in .jsonl; joins relative image paths to `image_folder`.
+  source: str
+
+  @staticmethod
+  def load(path: str, image_folder: str) -> "Records":
+    """Opens a source of any kind by its path; `mllm_jax.data.sources` says which there are.
 
     Raises:
-      DataError: the file is missing, unreadable, neither of the two formats, or holds no sample.
+      DataError: there is nothing there, it is none of those kinds, or it holds no sample.
     """
-    try:
-      with open(path, encoding="utf-8-sig") as file:  # -sig: files saved on Windows begin with a byte order mark
-        raw = _read_lines(file, path) if path.endswith(".jsonl") else json.load(file)
-    except FileNotFoundError:
-      raise DataError(f"{path}: no such file; set data.path to a LLaVA JSON or JSON Lines file") from None
-    except OSError as error:
-      raise DataError(
-        f"{path}: cannot be read ({error.strerror}); set data.path to a LLaVA JSON or JSON Lines file"
-      ) from error
-    except json.JSONDecodeError as error:
-      hint = "; JSON Lines files must be named .jsonl" if error.msg == "Extra data" else ""
-      raise DataError(
-        f"{path}: not JSON (line {error.lineno}: {error.msg}){hint or '; write it again as a JSON list'}"
-      ) from error
-    except UnicodeDecodeError as error:
-      raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if not isinstance(raw, list):
-      raise DataError(
-        f"{path}: holds a JSON {type(raw).__name__} where a list of samples is needed; put the samples in [...]"
-      )
-    if not raw:
-      raise DataError(f"{path}: holds no samples; set data.path to a file with at least one")
-    return cls(raw, path, image_folder)
+    from mllm_jax.data.sources import open_source  # the kinds are made of what stands in this file
 
-  def __len__(self) -> int:
-    return len(self._raw)
+    return open_source(path, image_folder)
 
-  def __getitem__(self, i: int) -> Sample:
-    """Sample i. Raises IndexError past the end, DataError if its structure is not a LLaVA sample's."""
-    raw = self._raw[i]
+  def _index(self, i: int) -> int:
+    """`i` counted from the beginning. Raises IndexError outside the source."""
     index = i + len(self) if i < 0 else i
-    name = _name(self.source, index, raw.get("id", index) if isinstance(raw, dict) else None)
+    if not 0 <= index < len(self):
+      raise IndexError(f"{self.source}: there is no sample {i} among {len(self)}")
+    return int(index)
+
+
+def parse_sample(raw: Any, index: int, source: str, image_folder: str) -> Sample:
+  """A Sample out of a LLaVA file's object. Raises DataError where its structure is another."""
+  try:
     if not isinstance(raw, dict):
       raise DataError(
-        f"{name}: is a {type(raw).__name__} where an object is needed; write {{'id': ..., 'conversations': [...]}}"
+        f"is a {type(raw).__name__} where an object is needed; write {{'id': ..., 'conversations': [...]}}"
       )
     identity = raw.get("id", index)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
-      raise DataError(f"{name}: id is a {type(identity).__name__}; write a text or an integer")
-    system, turns = _turns(raw.get("conversations"), name)
-    images = tuple(os.path.join(self.image_folder, path) for path in _image_paths(raw.get("image"), name))
-    return Sample(str(identity), index, images, turns, _text(raw, "category", name), system, self.source)
+      raise DataError(f"id is a {type(identity).__name__}; write a text or an integer")
+    system, turns = _turns(raw.get("conversations"))
+    images = tuple([join_image(image_folder, path) for path in _image_paths(raw.get("image"))])
+    return Sample(str(identity), index, images, turns, _text(raw, "category"), system, source)
+  except DataError as error:
+    name = _name(source, index, raw.get("id", index) if isinstance(raw, dict) else None)
+    separator = ", " if str(error).startswith("turn ") else ": "
+    raise DataError(f"{name}{separator}{error}") from error
 
 
-def check(records: Records, *, max_images: int) -> list[str]:
-  """Looks for everything that would stop a run, without decoding images. Returns one line per problem, in file order.
+def join_image(folder: str, path: str) -> str:
+  """An image's path as it is where it is whole, else inside the folder."""
+  if "://" in folder or "://" in path:
+    return path if "://" in path or path.startswith("/") else str(places.join(folder, path))
+  return os.path.join(folder, path)
+
+
+class Problem(NamedTuple):
+  """What makes a sample unusable: its kind in a word or two, and a text with the remedy, without the sample's name."""
+
+  kind: str
+  text: str
+
+
+def check(records: Records, *, max_images: int, processes: int = 1) -> list[tuple[int, str]]:
+  """Looks for everything that would stop a run, without decoding images.
+
+  Returns (sample, one line with its name, the problem and the remedy) for each problem, in file order.
 
   Found are: samples whose structure is wrong, missing image files, a number of `<image>` placeholders in the human
   turns other than the number of images, more than `max_images` images, no human turn, and no answer to train on.
+  `processes` share the work where it is enough for that.
   """
+  parts = [range(start, min(start + CHECKED, len(records))) for start in range(0, len(records), CHECKED)]
+  if processes == 1 or len(parts) < 4:
+    return [line for part in parts for line in check_part(records, part, max_images)]
+  # Not forked: a process that runs JAX has threads, whose locks would be copied as they are.
+  context = multiprocessing.get_context("spawn")
+  with context.Pool(min(processes, len(parts)), _remember, (records,)) as pool:
+    found = pool.imap(_check_remembered, [(part, max_images) for part in parts])
+    return [line for lines in found for line in lines]
+
+
+def check_part(records: Records, part: Iterable[int], max_images: int) -> list[tuple[int, str]]:
+  """What `check` says of some samples."""
   problems = []
-  for i in range(len(records)):
+  for i in part:
     try:
       sample = records[i]
     except DataError as error:
-      problems.append(str(error))
+      problems.append((i, str(error)))
     else:
-      problems += [f"{sample.name}: {problem}" for problem in sample_problems(sample, max_images)]
+      problems += [(i, f"{sample.name}: {problem.text}") for problem in sample_problems(sample, max_images)]
   return problems
 
 
-def sample_problems(sample: Sample, max_images: int) -> list[str]:
-  """What `check` reports about one well-formed sample, without its name."""
+def _remember(records: Records) -> None:
+  global _records
+  _records = records
+
+
+def _check_remembered(work: tuple[range, int]) -> list[tuple[int, str]]:
+  return check_part(_records, *work)
+
+
+def sample_problems(sample: Sample, max_images: int) -> list[Problem]:
+  """What is wrong with one well-formed sample, images not decoded."""
   problems = []
-  for path in sample.images:
-    if not os.path.isfile(path):
-      problems.append(f"image {path} is missing; restore the file, set data.image_folder, or take the sample out")
+  for image in sample.images:
+    if isinstance(image, str) and locate(image) is None:
+      problems.append(
+        Problem(
+          "missing image", f"image {image} is missing; restore the file, set data.image_folder, or take the sample out"
+        )
+      )
   mismatch = placeholder_problem(sample.turns, len(sample.images))
   if mismatch:
-    problems.append(mismatch)
+    problems.append(Problem("placeholders", mismatch))
   if len(sample.images) > max_images:
-    problems.append(f"has {len(sample.images)} images, and a row has room for {max_images}; raise data.max_images")
+    text = f"has {len(sample.images)} images, and a row has room for {max_images}; raise data.max_images"
+    problems.append(Problem("too many images", text))
   if not any(turn.role == "human" for turn in sample.turns):
-    problems.append("has no human turn; add the question or take the sample out")
+    problems.append(Problem("no question", "has no human turn; add the question or take the sample out"))
   if not any(turn.role == "gpt" and turn.text for turn in sample.turns):
-    problems.append("has no answer that is not empty, so nothing to train on; add one or take the sample out")
+    text = "has no answer that is not empty, so nothing to train on; add one or take the sample out"
+    problems.append(Problem("no answer", text))
   return problems
 
 
@@ -165,70 +200,60 @@ def _name(source: str, index: int, identity: Any) -> str:
   return f"{source}, sample {index}" + (f" ({str(identity)!r})" if identity is not None else "")
 
 
-def _read_lines(file, path: str) -> list[Any]:
-  """The objects of a JSON Lines file; blank lines are nothing."""
-  raw = []
-  for number, line in enumerate(file, start=1):
-    if line.strip():
-      try:
-        raw.append(json.loads(line))
-      except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {number} is not JSON ({error.msg}); write one object on each line") from error
-  return raw
-
-
-def _image_paths(value: Any, name: str) -> list[str]:
+def _image_paths(value: Any) -> list[str]:
   """The paths under "image": a text, a list of texts, or nothing."""
   if value is None or value == "" or value == []:
     return []
   paths = [value] if isinstance(value, str) else value
   if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-    raise DataError(f"{name}: image is {value!r}; write a path or a list of paths")
+    raise DataError(f"image is {value!r}; write a path or a list of paths")
   return paths
 
 
-def _turns(conversation: Any, name: str) -> tuple[str | None, tuple[Turn, ...]]:
+def _turns(conversation: Any) -> tuple[str | None, tuple[Turn, ...]]:
   """(system text or None, turns). Answers before the first question are dropped, as LLaVA drops them."""
-  if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
+  if not isinstance(conversation, list) or not all([isinstance(turn, dict) for turn in conversation]):
     raise DataError(
-      f"{name}: conversations is a {type(conversation).__name__}, not a list of objects; "
+      f"conversations is a {type(conversation).__name__}, not a list of objects; "
       "write [{'from': 'human', 'value': ...}, {'from': 'gpt', 'value': ...}]"
     )
-  system, turns = None, []
-  for number, raw in enumerate(conversation):
-    turn_name = f"{name}, turn {number}"
-    role, text = _role_and_text(raw, turn_name)
-    if role == "system":
-      if number != 0:
-        raise DataError(f"{turn_name}: a system turn must be the first; move it there")
-      system = text
-    elif turns and turns[-1].role == role:
-      raise DataError(f"{turn_name}: two {role} turns follow one another; join them or take one out")
-    elif turns or role == "human":
-      turns.append(Turn(role, text, _text(raw, "category", turn_name)))
+  system, turns, number = None, [], 0
+  try:
+    for number, raw in enumerate(conversation):
+      role, text = _role_and_text(raw)
+      if role == "system":
+        if number != 0:
+          raise DataError("a system turn must be the first; move it there")
+        system = text
+      elif turns and turns[-1].role == role:
+        raise DataError(f"two {role} turns follow one another; join them or take one out")
+      elif turns or role == "human":
+        turns.append(Turn(role, text, _text(raw, "category")))
+  except DataError as error:
+    raise DataError(f"turn {number}: {error}") from error
   return system, tuple(turns)
 
 
-def _role_and_text(raw: dict, name: str) -> tuple[str, str]:
+def _role_and_text(raw: dict) -> tuple[str, str]:
   """The turn's role in our words and its text, from either pair of keys in use."""
   keys = ("role", "content") if "role" in raw else ("from", "value")
   role = raw.get(keys[0])
   if not isinstance(role, str) or role not in ROLES:
-    raise DataError(f"{name}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    raise DataError(f"unknown role {role!r}; use one of {', '.join(ROLES)}")
   if keys[1] not in raw:
-    raise DataError(f"{name}: has no {keys[1]!r}; write the turn's text there")
-  return ROLES[role], _text(raw, keys[1], name)
+    raise DataError(f"has no {keys[1]!r}; write the turn's text there")
+  return ROLES[role], _text(raw, keys[1])
 
 
-def _text(raw: dict, key: str, name: str) -> str:
+def _text(raw: dict, key: str) -> str:
   """raw[key] as text that can be tokenized; "" where the key is absent."""
   value = raw.get(key, "")
   if not isinstance(value, str):
-    raise DataError(f"{name}: {key} is a {type(value).__name__}; write a text")
+    raise DataError(f"{key} is a {type(value).__name__}; write a text")
+  if value.isascii():
+    return value
   try:
     value.encode("utf-8")
   except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair: "\ud83d" alone
-    raise DataError(
-      f"{name}: {key} holds half a character ({error.object[error.start]!r}); write the text again"
-    ) from error
+    raise DataError(f"{key} holds half a character ({error.object[error.start]!r}); write the text again") from error
   return value

@@ -135,10 +135,13 @@ def exact_match(
 
 
 def list_questions(records: Records) -> list[Question]:
-  """Every human turn that has an answer, in the file's order. Raises DataError if there is none."""
+  """Every human turn that has an answer, in the file's order. Raises DataError if there is none, or if
+  images are no files."""
   questions = []
   for i in range(len(records)):
     sample = records[i]
+    if not all(isinstance(image, str) for image in sample.images):  # they would be held, and written into the report
+      raise DataError(f"{sample.name}: its images are inside the record; set evaluation.path to a JSON file")
     for human, gpt in zip(sample.turns[::2], sample.turns[1::2]):
       text = human.text.replace(IMAGE_PLACEHOLDER, "").strip()
       category = gpt.category or sample.category

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from flax import nnx
 
-from mllm_jax import parameters
+from mllm_jax import parameters, places
 from mllm_jax.config import LoraConfig, ModelConfig, VisionConfig
 from mllm_jax.models import projectors
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.vision import VisionTower
-from mllm_jax.weights import peft, places
+from mllm_jax.weights import peft
 from mllm_jax.weights.fingerprint import fingerprint
 from mllm_jax.weights.folder import Manifest
 from mllm_jax.weights.known import WeightsError, lookup

@@ -1,10 +1,12 @@
 """What every reader of weights raises, and how it words what it found in a file it does not trust."""
 
+from mllm_jax.places import PlaceError
+
 SHOWN = 80  # characters of a foreign text, and 8 numbers of a foreign list, that a message repeats
 LFS = b"version https://git-lfs"
 
 
-class WeightsError(ValueError):
+class WeightsError(PlaceError):
   """Weights that are missing, damaged or meant for another model; the message names the file and the remedy."""
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from mllm_jax.weights import places
+from mllm_jax import places
 from mllm_jax.weights.io import Weights
 
 BLOCKS, BLOCK_BYTES = 16, 2**16

@@ -8,11 +8,12 @@ import os
 
 import numpy as np
 
-from mllm_jax.weights import places, safetensors_file, torch_bin
+from mllm_jax import places
+from mllm_jax.places import Bytes, Place
+from mllm_jax.weights import safetensors_file, torch_bin
 from mllm_jax.weights.buffers import Index
 from mllm_jax.weights.errors import WeightsError, shorten
 from mllm_jax.weights.known import missing, read_json
-from mllm_jax.weights.places import Bytes, Place
 from mllm_jax.weights.stored import Stored
 from mllm_jax.weights.tensors import Tensors
 

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mllm_jax import places
 from mllm_jax.config import DecoderConfig, VisionConfig
-from mllm_jax.weights import places
+from mllm_jax.places import Place
 from mllm_jax.weights.errors import WeightsError, brief
-from mllm_jax.weights.places import Place
 
 JSON_VALUES = 4_000_000  # 64 MiB of empty lists would take a gigabyte once parsed
 

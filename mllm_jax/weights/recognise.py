@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mllm_jax import places
 from mllm_jax.config import DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.tiles import GRIDS
-from mllm_jax.weights import clip, folder, llama, mlp, peft, places, qwen2, siglip, spatial
+from mllm_jax.weights import clip, folder, llama, mlp, peft, qwen2, siglip, spatial
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, missing, read_json
 from mllm_jax.weights.tables import Table

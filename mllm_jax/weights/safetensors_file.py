@@ -11,9 +11,9 @@ import math
 import ml_dtypes
 import numpy as np
 
+from mllm_jax.places import Bytes, Place
 from mllm_jax.weights.errors import WeightsError, brief, pointer_or
 from mllm_jax.weights.known import unique
-from mllm_jax.weights.places import Bytes, Place
 from mllm_jax.weights.stored import Stored, contiguous, is_shape
 
 DTYPES = {

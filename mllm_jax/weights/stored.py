@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mllm_jax.places import Bytes
 from mllm_jax.weights.buffers import Index
-from mllm_jax.weights.places import Bytes
 
 AXES = 64  # numpy's and torch's limit
 

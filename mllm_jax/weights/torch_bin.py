@@ -9,8 +9,8 @@ keys: 8 bytes with its number of elements, and the elements.
 import zlib
 from collections.abc import Callable
 
+from mllm_jax.places import Bytes, Place
 from mllm_jax.weights.errors import WeightsError, brief, pointer_or
-from mllm_jax.weights.places import Bytes, Place
 from mllm_jax.weights.stored import Stored, is_shape
 from mllm_jax.weights.torch_pickle import ONLY_TENSORS, PICKLE_BYTES, Machine, Refused, Storage, Stream, Tensor
 from mllm_jax.weights.torch_zip import Entry, ZipError, entries

@@ -11,8 +11,8 @@ import pickletools
 import ml_dtypes
 import numpy as np
 
+from mllm_jax.places import Bytes
 from mllm_jax.weights.errors import brief
-from mllm_jax.weights.places import Bytes
 
 STORAGE_DTYPES = {
   "FloatStorage": np.float32,

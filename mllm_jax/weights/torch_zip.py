@@ -8,8 +8,8 @@ file could hold a thousand large tensors, or one that changes with another.
 import struct
 from typing import NamedTuple
 
+from mllm_jax.places import Bytes
 from mllm_jax.weights.errors import brief
-from mllm_jax.weights.places import Bytes
 
 END = struct.Struct("<4s4H2LH")  # of the central directory
 END64 = struct.Struct("<4sQ2H2L4Q")

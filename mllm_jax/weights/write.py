@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm_jax.weights import places
+from mllm_jax import places
+from mllm_jax.places import Place
 from mllm_jax.weights.buffers import Index, pieces, whole
 from mllm_jax.weights.errors import WeightsError
-from mllm_jax.weights.places import Place
 from mllm_jax.weights.safetensors_file import DTYPES, HEADER_BYTES, METADATA
 from mllm_jax.weights.tensors import Tensors
 from mllm_jax.weights.torch_pickle import STORAGE_DTYPES, TENSOR_DTYPES

@@ -1,4 +1,7 @@
 import pathlib
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -106,6 +109,67 @@ def test_exif_orientation_is_ignored(tmp_path):
   exif[274] = 6  # rotate by 90 degrees
   path = save(tmp_path, Image.new("RGB", (8, 4)), "x.jpg", exif=exif)
   assert images.load(path).size == (8, 4)
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "gif", "tiff"])
+def test_the_first_frame_whatever_the_format(tmp_path, extension):
+  frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+  path = save(tmp_path, frames[0], f"x.{extension}", save_all=True, append_images=frames[1:])
+  red, green, _ = np.asarray(images.load(path))[0, 0].tolist()
+  assert red > 240 and green < 15  # WebP is lossy
+
+
+def test_files_are_known_by_their_content_and_not_by_their_name(tmp_path):
+  """OCR-VQA's covers are named .jpg, and some of them are GIF or PNG files."""
+  for format in ("GIF", "PNG", "WEBP"):
+    Image.new("RGB", (6, 5), (255, 0, 0)).save(tmp_path / "x.jpg", format=format)
+    assert images.load(str(tmp_path / "x.jpg")).size == (6, 5)
+
+
+def test_bytes_are_decoded_as_files_are(tmp_path):
+  ramp = np.array([[0, 128, 65535]], np.uint16)
+  content = pathlib.Path(save(tmp_path, Image.fromarray(ramp), "x.png")).read_bytes()
+  loaded, mode = images.load_with_mode(content)
+  assert mode == "I;16" and np.asarray(loaded)[0, :, 0].tolist() == [0, 0, 255]
+  with pytest.raises(DataError, match="^s: image of 6 bytes inside the record cannot be decoded .*it is no image.*;"):
+    images.load(b"<html>", sample_name="s")
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+  return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+  "kind,content",
+  [
+    (b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 30 * 2**20)),
+    (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"x" * 30 * 2**20)),
+    (b"iCCP", b"profile\0\0" + zlib.compress(b"x" * 30 * 2**20)),
+  ],
+)
+def test_bombs_in_the_chunks_beside_the_pixels(tmp_path, kind, content):
+  """A few KB that unpack to 30 MB: decoded without them, or refused; never anything else."""
+  plain = pathlib.Path(save(tmp_path, Image.new("RGB", (4, 4), (7, 0, 0)), "x.png")).read_bytes()
+  header = 8 + 25  # the signature and the first chunk, IHDR
+  (tmp_path / "bomb.png").write_bytes(plain[:header] + png_chunk(kind, content) + plain[header:])
+  tracemalloc.start()
+  try:
+    assert np.asarray(images.load(str(tmp_path / "bomb.png")))[0, 0].tolist() == [7, 0, 0]
+  except DataError as error:
+    assert "Decompressed" in str(error) and "fetch the file again" in str(error)
+  finally:
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+  assert peak < 10 * 2**20
+
+
+def test_16_bit_colour_and_grey_with_alpha(tmp_path):
+  """Pillow itself reduces these to 8 bits, by the upper byte."""
+  for colour_type, channels, expected in ((2, 3, [255, 128, 0]), (4, 2, [255] * 3)):
+    row = struct.pack(f">{channels}H", *[65535, 0x80FF, 0][:channels])
+    header = struct.pack(">IIBBBBB", 1, 1, 16, colour_type, 0, 0, 0)
+    data = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0" + row)) + png_chunk(b"IEND", b"")
+    assert np.asarray(images.load(b"\x89PNG\r\n\x1a\n" + data))[0, 0].tolist() == expected
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -127,7 +127,7 @@ def test_bad_structure_is_named_and_checked(tmp_path, sample, message):
   with pytest.raises(DataError, match=message) as error:
     records[1]
   assert str(error.value).startswith(f"{path}, sample 1")
-  assert check(records, max_images=1) == [str(error.value)]
+  assert check(records, max_images=1) == [(1, str(error.value))]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_bad_structure_is_named_and_checked(tmp_path, sample, message):
 )
 def test_check(write_data, sample, problems):
   records = load(write_data, sample)
-  found = check(records, max_images=2)
+  found = [line for _, line in check(records, max_images=2)]
   assert len(found) == len(problems)
   for line, problem in zip(found, problems, strict=True):
     assert line.startswith(f"{records.source}, sample 0 ('0'): {problem}")
@@ -168,6 +168,6 @@ def test_check_finds_missing_images_in_file_order(tmp_path):
   path = tmp_path / "train.json"
   sample = {"image": "none.jpg", "conversations": conversation("<image>", "A")}
   path.write_text(json.dumps([{"id": "a", **sample}, {"id": "b", "conversations": 1}, {"id": "c", **sample}]))
-  found = check(Records.load(str(path), "pictures"), max_images=1)
+  found = [line for _, line in check(Records.load(str(path), "pictures"), max_images=1)]
   assert [line.split(":")[0][-3:-1] for line in found] == ["a'", "b'", "c'"]
   assert "image pictures/none.jpg is missing" in found[0]

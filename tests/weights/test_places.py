@@ -14,7 +14,8 @@ import torch_bytes
 from buckets import Bucket
 from safetensors.numpy import save
 
-from mllm_jax.weights import places
+from mllm_jax import places
+from mllm_jax.places import PlaceError
 from mllm_jax.weights.io import WeightsError, open_weights
 from mllm_jax.weights.known import read_json
 
@@ -80,7 +81,7 @@ def test_paths(remote):
   assert places.size(f"{folder}/config.json") == 12
   assert places.read_text(f"{folder}/config.json") == '{"width": 3}'
   assert read_json(f"{folder}/config.json", "a configuration") == {"width": 3}
-  with pytest.raises(WeightsError, match="config.json has 12 bytes, and at most 11"):
+  with pytest.raises(PlaceError, match="config.json has 12 bytes, and at most 11"):
     places.read_bytes(f"{folder}/config.json", 11)
   for absent in (f"{remote}/nothing", f"{folder}/x.safetensors"):
     with pytest.raises(WeightsError, match=f"{absent}.* does not exist: looked for .* check the path"):
@@ -101,7 +102,7 @@ def test_a_file_that_changes_while_it_is_read(remote):
   weights = open_weights(f"{remote}/llama")
   system = fsspec.filesystem(remote.split(":")[0])
   system.pipe_file("/models/llama/model-1.safetensors", b"short")
-  with pytest.raises(WeightsError, match="model-1.safetensors: 0 bytes came instead of 2400.*start again"):
+  with pytest.raises(PlaceError, match="model-1.safetensors: 0 bytes came instead of 2400.*start again"):
     weights.read("a")
 
 
@@ -116,11 +117,11 @@ def test_protocols_without_their_package(monkeypatch):
   for protocol in ("gs", "s3"):
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
   monkeypatch.setattr(importlib, "import_module", without)
-  with pytest.raises(WeightsError, match="gs://bucket/model: the package that reads gs://.*pip install gcsfs"):
+  with pytest.raises(PlaceError, match="gs://bucket/model: the package that reads gs://.*pip install gcsfs"):
     open_weights("gs://bucket/model")
-  with pytest.raises(WeightsError, match="pip install s3fs"):
+  with pytest.raises(PlaceError, match="pip install s3fs"):
     open_weights("s3://bucket/model")
-  with pytest.raises(WeightsError, match="nothing is known that reads nonsense://"):
+  with pytest.raises(PlaceError, match="nothing is known that reads nonsense://"):
     open_weights("nonsense://bucket/model")
 
 
@@ -132,10 +133,10 @@ def test_errors_of_a_service_name_the_path(remote, monkeypatch):
   weights = open_weights(f"{remote}/llama")
   with monkeypatch.context() as patch:
     patch.setattr(system, "cat_file", broken)
-    with pytest.raises(WeightsError, match="model-1.safetensors cannot be read .RuntimeError: 401.*credentials"):
+    with pytest.raises(PlaceError, match="model-1.safetensors cannot be read .RuntimeError: 401.*credentials"):
       weights.read("a")
     patch.setattr(system, "isdir", broken)
-    with pytest.raises(WeightsError, match="/llama cannot be read .RuntimeError: 401"):
+    with pytest.raises(PlaceError, match="/llama cannot be read .RuntimeError: 401"):
       open_weights(f"{remote}/llama")
 
 

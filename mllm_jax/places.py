@@ -1,6 +1,6 @@
 """Files and folders wherever they are: on this machine, or behind a protocol such as gs:// that fsspec knows.
 
-A path is local (a str or Path) or remote ("PROTOCOL://..."). Everything raises WeightsError, with the path and the
+A path is local (a str or Path) or remote ("PROTOCOL://..."). Everything raises PlaceError, with the path and the
 remedy, where a remote place cannot be reached.
 """
 
@@ -17,13 +17,15 @@ from typing import Protocol
 
 import numpy as np
 
-from mllm_jax.weights.errors import WeightsError
-
 Place = Path | str  # local places are Paths, remote ones stay text
 SMALL_BYTES = 64 * 2**20  # of a configuration, an index or a tokenizer
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "abfs": "adlfs", "az": "adlfs"}
 REMOTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 FLATTENED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
+
+
+class PlaceError(ValueError):
+  """A file that cannot be had from where it is; the message names it and the remedy."""
 
 
 def place(path: Place) -> Place:
@@ -100,16 +102,16 @@ def size(path: Place) -> int:
     return path.stat().st_size
   found = _ask(path, "size")
   if not isinstance(found, int):
-    raise WeightsError(f"{path}: its server does not say how long it is; copy it to a local folder")
+    raise PlaceError(f"{path}: its server does not say how long it is; copy it to a local folder")
   return found
 
 
 def read_bytes(path: Place, limit: int = SMALL_BYTES) -> bytes:
-  """A small file as a whole. Raises WeightsError where it is longer than `limit` bytes."""
+  """A small file as a whole. Raises PlaceError where it is longer than `limit` bytes."""
   path = place(path)
   length = size(path)
   if length > limit:
-    raise WeightsError(
+    raise PlaceError(
       f"{path} has {length} bytes, and at most {limit} are expected of such a file; is it the right one?"
     )
   if isinstance(path, Path):
@@ -118,18 +120,43 @@ def read_bytes(path: Place, limit: int = SMALL_BYTES) -> bytes:
 
 
 def read_text(path: Place, limit: int = SMALL_BYTES) -> str:
-  """A small UTF-8 file as a whole. Raises WeightsError where it is longer than `limit` bytes or not UTF-8."""
+  """A small UTF-8 file as a whole. Raises PlaceError where it is longer than `limit` bytes or not UTF-8."""
   try:
     return read_bytes(path, limit).decode("utf-8")
   except UnicodeDecodeError as error:
-    raise WeightsError(f"{path} is not UTF-8 text ({error}); download it again") from error
+    raise PlaceError(f"{path} is not UTF-8 text ({error}); download it again") from error
+
+
+def fetch(path: Place) -> bytes:
+  """A file as a whole, however long, in one request. Raises FileNotFoundError where it is known not to be there."""
+  path = place(path)
+  if isinstance(path, Path):
+    return path.read_bytes()
+  system, inner = _filesystem(path)
+  try:
+    return bytes(system.cat_file(inner))
+  except FileNotFoundError:
+    raise
+  except Exception as error:  # each service has errors of its own
+    raise unreachable(path, error) from error
+
+
+def download(path: str, to: Path) -> None:
+  """Copies a remote file to a local one, whatever its size."""
+  system, inner = _filesystem(path)
+  try:
+    system.get_file(inner, str(to))
+  except FileNotFoundError:
+    raise
+  except Exception as error:  # each service has errors of its own
+    raise unreachable(path, error) from error
 
 
 def local_copy(folder: Place, wanted: list[str]) -> Path:
   """A local folder with the small files `wanted` of a folder, for code that reads local files only.
 
   A local folder is returned as it is. Of a remote one the files are brought once per process, into a folder of the same
-  name that is removed at exit; files that are not there are left out. Raises WeightsError for a file above 64 MiB.
+  name that is removed at exit; files that are not there are left out. Raises PlaceError for a file above 64 MiB.
   """
   folder = place(folder)
   if isinstance(folder, Path):
@@ -162,9 +189,9 @@ def _filesystem(path: str):
   except ImportError as error:
     package = PACKAGES.get(protocol)
     remedy = f"pip install {package}" if package else str(error)
-    raise WeightsError(f"{path}: the package that reads {protocol}:// is not installed; {remedy}") from error
+    raise PlaceError(f"{path}: the package that reads {protocol}:// is not installed; {remedy}") from error
   except ValueError as error:
-    raise WeightsError(f"{path}: nothing is known that reads {protocol}:// ({error}); copy it to a folder") from error
+    raise PlaceError(f"{path}: nothing is known that reads {protocol}:// ({error}); copy it to a folder") from error
   except Exception as error:  # each service has errors of its own, such as for credentials
     raise unreachable(path, error) from error
 
@@ -179,10 +206,10 @@ def _ask(path: str, method: str, **options):
     raise unreachable(path, error) from error
 
 
-def unreachable(path: str, error: Exception) -> WeightsError:
+def unreachable(path: str, error: Exception) -> PlaceError:
   """The error for a remote place that answers with an error."""
   what = f"{type(error).__name__}: {str(error)[:200]}"
-  return WeightsError(f"{path} cannot be read ({what}); check the path, the network and the credentials")
+  return PlaceError(f"{path} cannot be read ({what}); check the path, the network and the credentials")
 
 
 class Bytes(Protocol):
@@ -240,7 +267,7 @@ class RangedBytes:
       except Exception as error:  # each service has errors of its own
         raise unreachable(self.path, error) from error
       if len(fetched) != stop - start:
-        raise WeightsError(
+        raise PlaceError(
           f"{self.path}: {len(fetched)} bytes came instead of {stop - start} from {start}; it was cut or replaced "
           "while it was read, start again"
         )
@@ -263,6 +290,6 @@ def check_range(source: Bytes, start: int, stop: int) -> None:
 
 
 def open_bytes(path: Place) -> Bytes:
-  """The bytes of a file, local or remote. Raises WeightsError or OSError where it cannot be opened."""
+  """The bytes of a file, local or remote. Raises PlaceError or OSError where it cannot be opened."""
   path = place(path)
   return RangedBytes(path) if isinstance(path, str) else MappedBytes(path)

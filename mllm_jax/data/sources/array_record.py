@@ -1,0 +1,181 @@
+"""ArrayRecord shards whose records hold a whole sample, images included: one file read instead of two.
+
+A record (version 1) is, in this order:
+
+  4 bytes  b"MLLM"
+  1 byte   1, the version
+  4 bytes  the header's length, little-endian
+  header   UTF-8 JSON: a LLaVA sample without "image", and "images": the bytes of each encoded image, in order
+  images   one behind the other
+
+A folder of shards that `prepare` finished has a manifest.json that says how many records each has.
+"""
+
+import functools
+import glob
+import json
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mllm_jax import places
+from mllm_jax.data.records import DataError, Records, Sample, parse_sample
+from mllm_jax.data.sources import SHARD
+
+MAGIC, VERSION = b"MLLM", 1
+HEAD = struct.Struct("<4sBI")
+MANIFEST = "manifest.json"
+PLAN = "plan.json"  # stands in a folder while `prepare` is at work
+# Every record is compressed alone, so that reading one does not mean decompressing its neighbours.
+WRITE_OPTIONS = "group_size:1"
+READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's own advice for random access
+
+
+def encode_record(sample: Sample, images: Sequence[bytes]) -> bytes:
+  """A sample as a record; `images` are its encoded images. The same sample gives the same bytes."""
+  turns = [{"from": "system", "value": sample.system}] if sample.system is not None else []
+  for turn in sample.turns:
+    turns.append({"from": turn.role, "value": turn.text} | ({"category": turn.category} if turn.category else {}))
+  header = {"id": sample.id, "conversations": turns, "images": [len(image) for image in images]}
+  if sample.category:
+    header["category"] = sample.category
+  text = json.dumps(header, ensure_ascii=False).encode()
+  return HEAD.pack(MAGIC, VERSION, len(text)) + text + b"".join(images)
+
+
+def decode_record(record: bytes, index: int, source: str) -> Sample:
+  """The sample of a record; its images are bytes. Raises DataError where the record is not of this format."""
+  name = f"{source}, sample {index}"
+  if len(record) < HEAD.size or record[:4] != MAGIC:
+    raise DataError(f"{name}: is no record of this package; write the shards with `python -m mllm_jax.data prepare`")
+  _, version, length = HEAD.unpack_from(record)
+  if version != VERSION:
+    raise DataError(f"{name}: is of format {version}, and this version reads {VERSION}; write the shards again")
+  start = HEAD.size + length
+  try:
+    header = json.loads(record[HEAD.size : start])
+    sizes = header.pop("images")
+    stops = start + np.cumsum([0, *sizes])
+    whole = int(stops[-1]) == len(record)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise DataError(f"{name}: its header is damaged ({error}); write the shard again") from error
+  if not whole:
+    raise DataError(f"{name}: has {len(record)} bytes where {int(stops[-1])} are announced; write the shard again")
+  sample = parse_sample(header, index, source, "")
+  images = tuple(record[a:b] for a, b in zip(stops.tolist(), stops.tolist()[1:]))
+  return Sample(sample.id, index, images, sample.turns, sample.category, sample.system, source)
+
+
+class ArrayRecords(Records):
+  """The records of several shards, one behind the other, in the order of the shards' names.
+
+  Can be pickled, and used by several threads. Made by `ArrayRecords.open`.
+  """
+
+  def __init__(self, source: str, shards: Sequence[str], counts: Sequence[int]):
+    self.source, self.shards = source, tuple(shards)
+    self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+  @classmethod
+  def open(cls, path: str) -> "ArrayRecords":
+    """Opens a shard, a folder of them, or a pattern such as "shards/train-*.arrayrecord".
+
+    Raises:
+      DataError: there is none, one is damaged or missing, or the folder is not finished.
+    """
+    shards = _shards(path)
+    counts = [_reader(shard).num_records() for shard in shards]
+    if not sum(counts):
+      raise DataError(f"{path}: holds no samples; set data.path to shards with at least one")
+    if not places.is_remote(path) and os.path.isdir(path):
+      _check_manifest(path, shards, counts)
+    return cls(path, shards, counts)
+
+  def __reduce__(self):
+    return ArrayRecords, (self.source, self.shards, np.diff(self._first).tolist())
+
+  def __len__(self) -> int:
+    return int(self._first[-1])
+
+  def __getitem__(self, i: int) -> Sample:
+    """Sample i. Raises IndexError past the end, DataError if the record cannot be read or is of another format."""
+    index = self._index(i)
+    shard = int(np.searchsorted(self._first, index, side="right")) - 1
+    within = index - int(self._first[shard])
+    path = self.shards[shard]
+    try:
+      (record,) = _reader(path).read([within])
+    except (RuntimeError, ValueError, IndexError) as error:
+      raise DataError(f"{path}, record {within}: cannot be read ({str(error)[:200]}); write the shard again") from error
+    return decode_record(record, index, self.source)
+
+
+@functools.cache
+def _reader(shard: str) -> Any:
+  """The open reader of a shard, one in a process: it may be shared by threads, and cannot be pickled."""
+  if not os.path.isfile(shard):
+    raise DataError(f"{shard}: no such file; write the shards again with `python -m mllm_jax.data prepare`")
+  from array_record.python import array_record_module  # not where a run reads JSON
+
+  reader = array_record_module.ArrayRecordReader(shard, options=READ_OPTIONS)
+  if not reader.ok():  # the library says so instead of raising
+    raise DataError(f"{shard}: is no ArrayRecord file, or was cut; copy or write it again")
+  return reader
+
+
+def _shards(path: str) -> list[str]:
+  if places.is_remote(path):
+    raise DataError(
+      f"{path}: ArrayRecord's library opens local files only; mount the bucket (gcsfuse for gs://) or copy the shards, "
+      "and name the local folder"
+    )
+  if os.path.isdir(path):
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "*" + SHARD)))
+    if not found:
+      raise DataError(
+        f"{path}: cannot be read as a data set: it is a folder without {SHARD} files; set data.path to a LLaVA JSON or "
+        "JSON Lines file, or to a folder that `python -m mllm_jax.data prepare` wrote"
+      )
+    return found
+  if os.path.isfile(path):
+    return [path]
+  found = sorted(glob.glob(path))
+  if not found:
+    raise DataError(f"{path}: no such file, and no file matches it; set data.path to the shards, or their folder")
+  return found
+
+
+def read_manifest(folder: str) -> dict | None:
+  """What manifest.json of a folder says; None where there is none. Raises DataError where it cannot be understood."""
+  path = os.path.join(folder, MANIFEST)
+  if not os.path.isfile(path):
+    return None
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+    content["format"], content["shards"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise DataError(f"{path}: is damaged ({error}); write the folder again with `mllm_jax.data prepare`") from error
+  return content
+
+
+def _check_manifest(folder: str, shards: Sequence[str], counts: Sequence[int]) -> None:
+  """Raises DataError where a folder does not hold what its manifest says. One without a manifest is taken as it is,
+  unless `prepare` has begun it."""
+  manifest = read_manifest(folder)
+  if manifest is None:
+    if os.path.exists(os.path.join(folder, PLAN)):
+      raise DataError(f"{folder}: is not finished; start the same `python -m mllm_jax.data prepare` again")
+    return
+  there = {os.path.basename(shard): count for shard, count in zip(shards, counts, strict=True)}
+  said = {shard["name"]: shard["samples"] for shard in manifest["shards"]}
+  wrong = sorted(name for name in there.keys() | said.keys() if there.get(name, 0) != said.get(name, 0))
+  if wrong:
+    name = wrong[0]
+    raise DataError(
+      f"{folder}: {len(wrong)} shards are not what {MANIFEST} says, such as {name}: {there.get(name, 0)} samples of "
+      f"{said.get(name, 0)}; copy the folder again"
+    )
