@@ -122,7 +122,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   model_config = build.architecture(config.model, stage.lora)
   tokenizer = build.tokenizer_folder(config.model.llm)
   processor = build.make_processor(model_config, tokenizer, stage.data)
-  batches = load_data(config, stage, processor)
+  batches = load_data(config, stage, processor, folder)
 
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))
@@ -153,7 +153,8 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
     state = checkpoints.restore(start, state)
   trained_rates = {path: rates[path] for path in trainable}
   del flat, trainable, given
-  train_step = step_lib.make_step(
+  make_step = step_lib.BucketedStep if stage.data.batching == "group" else step_lib.make_step
+  train_step = make_step(
     graphdef,
     stage,
     trained_rates,
@@ -169,6 +170,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   copy_tokenizer(tokenizer, workdir / TOKENIZER)
   say(
     f"{batches.samples:,} samples, {batches.steps:,} steps of {stage.batch_size}"
+    + (" packed rows" if stage.data.batching == "pack" else "")
     + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
     + (f", continuing after step {start:,}" if start else "")
   )
@@ -228,10 +230,15 @@ def save_model(workdir: Path) -> None:
     ) from error
 
 
-def load_data(config: Config, stage: StageConfig, processor):
-  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong."""
-  import jax
+def load_data(config: Config, stage: StageConfig, processor, folder: Path):
+  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong.
 
+  Where the batching needs to know how long the samples are, that is kept in `folder` for when the run is continued.
+  """
+  import jax
+  from tqdm import tqdm
+
+  from mllm_jax.data import lengths
   from mllm_jax.data.pipeline import TrainingBatches
   from mllm_jax.data.records import Records, check
 
@@ -242,6 +249,13 @@ def load_data(config: Config, stage: StageConfig, processor):
     raise DataError(
       f"{len(problems)} of {len(records)} samples cannot be used:\n  " + "\n  ".join(problems[:10]) + more
     )
+  table = None
+  if stage.data.batching != "fixed":
+    with tqdm(
+      total=len(records), desc="lengths", unit="sample", disable=jax.process_index() > 0, dynamic_ncols=True
+    ) as bar:
+      table = lengths.measured(folder / "lengths.npz", records, processor, progress=bar.update)
+      bar.update(len(records) - bar.n)
   return TrainingBatches(
     records,
     processor,
@@ -250,9 +264,14 @@ def load_data(config: Config, stage: StageConfig, processor):
     epochs=stage.epochs,
     steps=stage.steps,
     seed=config.seed,
+    batching=stage.data.batching,
+    buckets=stage.data.buckets,
+    row_length=stage.data.row_length,
+    lengths=table,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=config.loader_threads,
+    workers=config.loader_workers,
   )
 
 
