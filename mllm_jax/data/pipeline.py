@@ -8,6 +8,7 @@ would have seen.
 from collections.abc import Iterator
 
 import grain
+from absl import flags
 
 from mllm_jax.batch import Batch
 from mllm_jax.config import ConfigError, DataConfig, check_batching
@@ -140,6 +141,8 @@ class TrainingBatches:
     options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead if self._threads else 0)
     dataset = numbers.map(self._row).to_iter_dataset(options)
     if self._workers:
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain asks for flags of its own, which nobody parses here
       dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, ahead), worker_init_fn=start_worker)
     rows = iter(dataset)
     try:
