@@ -229,8 +229,8 @@ def test_a_batching_that_needs_lengths_does_not_go_without(records, processor, t
 
 
 def test_a_bad_sample_in_a_worker_arrives_as_its_own_error(make, records):
-  batches = make(workers=2)
-  bad = records[next(i for row in batches.rows(1) for i in row if records[i].images)]
+  batches = make(workers=2, batch_size=2)
+  bad = records[next(i for row in batches.rows(2) for i in row if records[i].images)]
   os.remove(bad.images[0])
   iterator = iter(batches)
   with pytest.raises(DataError) as error:
@@ -239,8 +239,24 @@ def test_a_bad_sample_in_a_worker_arrives_as_its_own_error(make, records):
   assert str(error.value).startswith(f"{bad.name}: image {bad.images[0]} is missing; ")
 
 
-def children(pid: int) -> list[int]:
-  return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def is_worker(pid: int) -> bool:
+  try:
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()  # empty once it has ended
+  except OSError:
+    return False
+
+
+def workers_of(pid: int) -> list[int]:
+  """The processes that a process's multiprocessing has started, of which one watches over its shared memory."""
+  found = []
+  for folder in Path("/proc").glob("[0-9]*"):
+    try:
+      parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+      if parent == pid and is_worker(int(folder.name)):
+        found.append(int(folder.name))
+    except OSError:  # it has ended
+      continue
+  return found
 
 
 @pytest.mark.parametrize("end", ["close", "kill"])
@@ -276,7 +292,7 @@ if __name__ == "__main__":
   )
   try:
     assert process.stdout.readline() == "first\n"
-    workers = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = workers_of(process.pid)
     assert len(workers) == 2
     if end == "close":
       process.stdin.write("\n")
@@ -284,11 +300,10 @@ if __name__ == "__main__":
       assert process.stdout.readline() == "closed\n"
     else:
       process.kill()
-    alive = lambda pid: Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
     deadline = time.time() + 20
-    while any(alive(pid) for pid in workers) and time.time() < deadline:
+    while any(is_worker(pid) for pid in workers) and time.time() < deadline:
       time.sleep(0.1)
-    assert not any(alive(pid) for pid in workers)
+    assert not any(is_worker(pid) for pid in workers)
   finally:
     process.kill()
     process.communicate()
