@@ -1,6 +1,7 @@
 """Batches of several samples a row or of several lengths, and batches made by worker processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -278,6 +279,8 @@ if __name__ == "__main__":
   next(iterator)
   print("first", flush=True)
   sys.stdin.readline()
+  for _ in range(20):
+    next(iterator)
   iterator.close()
   print("closed", flush=True)
   sys.stdin.readline()
@@ -295,6 +298,9 @@ if __name__ == "__main__":
     workers = workers_of(process.pid)
     assert len(workers) == 2
     if end == "close":
+      for pid in workers:  # as when a whole group of processes is signalled
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
       process.stdin.write("\n")
       process.stdin.flush()
       assert process.stdout.readline() == "closed\n"
