@@ -23,6 +23,7 @@ ALLOWED = {
   "preflight": {"config", "weights"},
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "sharding", "training", "weights"},
+  "data_commands": {"build", "command_line", "config", "data", "preflight"},
   "inspection": {"batch", "build", "config", "models", "parameters", "weights"},
   "bench": {"config", "parameters", "weights"},
   "convert": {"build", "config", "data", "inspection", "training", "weights"},

@@ -143,6 +143,9 @@ class TrainingBatches:
     if self._workers:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain asks for flags of its own, which nobody parses here
+      # Shared memory for pixels only: for each small array of a row it takes longer than sending it.
+      options = grain.experimental.DatasetOptions(min_shm_size=2**16)
+      dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
       dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, ahead), worker_init_fn=start_worker)
     rows = iter(dataset)
     try:
