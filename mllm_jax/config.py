@@ -14,6 +14,7 @@ from typing import Any
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BATCHINGS = ("fixed", "group", "pack")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Architectures must be hashable by value: they are static parts of compiled functions. They are not frozen only because
@@ -170,8 +171,18 @@ class DataConfig:
     "replace" takes another sample, the same on every machine.
   max_bad_share: of the samples seen that may be so before the run stops nevertheless.
 
-  "{workdir}" in a path stands for the run's folder. Rows longer than max_length are truncated after the visual tokens
-  stand in them; every row has max_length places. max_images is the number of image crops a row has room for.
+  "{workdir}" in a path stands for the run's folder. Samples longer than max_length are truncated after the visual
+  tokens stand in them. max_images is the number of image crops a row has room for.
+
+  batching:
+    "fixed": a row is a sample, padded to max_length.
+    "group": a row is a sample. Each step is what the released sampler with modality grouping gives; inside it the
+      samples are sorted by length, and each micro-batch is padded to the shortest of `buckets` that holds it. So it
+      takes several micro-batches (accumulation) to save much.
+    "pack": samples share rows of row_length places and max_images crops; batch_size counts rows.
+  buckets: lengths that are compiled for "group", growing, the last max_length; () chooses eight that suit the data.
+  row_length: places of a row for "pack"; 0: max_length. Where samples fill a third or more of max_length, twice that
+    packs much better.
   """
 
   path: str = ""
@@ -183,6 +194,9 @@ class DataConfig:
   mix: tuple[tuple[str, str, str], ...] = ()
   on_bad_sample: str = "error"  # or "skip", "replace"
   max_bad_share: float = 0.01
+  batching: str = "fixed"  # or "group", "pack"
+  buckets: tuple[int, ...] = ()
+  row_length: int = 0
 
 
 @recipe
@@ -243,7 +257,8 @@ class Config:
   keep_checkpoints: int = 2
   max_nonfinite: int = 5  # steps in a row whose loss or gradient is not finite, after which the run saves and stops
   save_model: bool = True  # at the end, the whole model with its frozen halves as {workdir}/model
-  loader_threads: int = 4
+  loader_threads: int = 4  # that decode and tokenize, in each process that does
+  loader_workers: int = 0  # processes that decode and tokenize; 0: the trainer itself does
   wandb_project: str = ""
 
 
@@ -281,6 +296,31 @@ def check_types(config: Any, where: str = "config") -> None:
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
       raise ConfigError(f"{field} must be of type {kind.__name__}, and is {value!r}")
+
+
+def check_batching(data: DataConfig, where: str = "data") -> None:
+  """Raises ConfigError where the fields of batching do not go together."""
+  if data.batching not in BATCHINGS:
+    raise ConfigError(f"{where}.batching={data.batching!r} is unknown; known: {', '.join(BATCHINGS)}")
+  together = {"on_bad_sample": "error", "image_aspect": "pad"}
+  others = [f"{name}={getattr(data, name)}" for name, value in together.items() if getattr(data, name) != value]
+  if data.batching != "fixed" and others:
+    raise ConfigError(
+      f"{where}.batching={data.batching} counts on the length of every sample, which {' and '.join(others)} can "
+      "change; use batching=fixed with it"
+    )
+  if data.buckets and data.batching != "group":
+    raise ConfigError(f"{where}.buckets={data.buckets} are for batching=group, and batching is {data.batching!r}")
+  growing = all(isinstance(b, int) and b > a for a, b in zip((0, *data.buckets), data.buckets))
+  if data.buckets and (not growing or data.buckets[-1] != data.max_length):
+    raise ConfigError(
+      f"{where}.buckets={data.buckets} must be numbers that grow, and the last one max_length={data.max_length}"
+    )
+  if data.row_length and (data.batching != "pack" or data.row_length < data.max_length):
+    raise ConfigError(
+      f"{where}.row_length={data.row_length} is for batching=pack, with max_length={data.max_length} or more; "
+      "0 takes max_length"
+    )
 
 
 def _frozen(value: Any) -> Any:

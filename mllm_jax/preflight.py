@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from mllm_jax import places
-from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig
+from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig, check_batching
 from mllm_jax.weights.known import lookup
 
 # Published data sets by the name of their annotation file: how to get the file, and how to get the pictures.
@@ -157,5 +157,6 @@ def check_stage(name: str, stage: StageConfig, shards: int, processes: int) -> N
     )
   if stage.data.max_length < 2 or stage.data.max_images < 1:
     raise ConfigError(f"{name}.data.max_length={stage.data.max_length} must be 2 or more, and max_images 1 or more")
+  check_batching(stage.data, f"{name}.data")
   if not any(rate for _, rate in stage.parameters):
     raise ConfigError(f"{name}.parameters freezes everything: give some pattern a learning rate above 0")

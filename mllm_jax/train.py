@@ -153,7 +153,8 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
     state = checkpoints.restore(start, state)
   trained_rates = {path: rates[path] for path in trainable}
   del flat, trainable, given
-  train_step = step_lib.make_step(
+  make_step = step_lib.BucketedStep if stage.data.batching == "group" else step_lib.make_step
+  train_step = make_step(
     graphdef,
     stage,
     trained_rates,
@@ -169,6 +170,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   copy_tokenizer(tokenizer, workdir / TOKENIZER)
   say(
     f"{batches.samples:,} samples, {batches.steps:,} steps of {stage.batch_size}"
+    + (" packed rows" if stage.data.batching == "pack" else "")
     + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
     + (f", continuing after step {start:,}" if start else "")
   )
@@ -229,15 +231,27 @@ def save_model(workdir: Path) -> None:
 
 
 def load_data(config: Config, stage: StageConfig, processor, folder: Path):
-  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong."""
-  import jax
+  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong.
 
+  Where the batching needs to know how long the samples are, that is kept in `folder` for when the run is continued.
+  """
+  import jax
+  from tqdm import tqdm
+
+  from mllm_jax.data import lengths
   from mllm_jax.data.bad_samples import MINIMUM, BadSamples
   from mllm_jax.data.pipeline import TrainingBatches
   from mllm_jax.data.sources.mix import open_data
 
   records = open_data(stage.data, config.seed)
   check_records(stage, records)
+  table = None
+  if stage.data.batching != "fixed":
+    with tqdm(
+      total=len(records), desc="lengths", unit="sample", disable=jax.process_index() > 0, dynamic_ncols=True
+    ) as bar:
+      table = lengths.measured(folder / "lengths.npz", records, processor, progress=bar.update)
+      bar.update(len(records) - bar.n)
   return TrainingBatches(
     records,
     processor,
@@ -246,9 +260,14 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
     epochs=stage.epochs,
     steps=stage.steps,
     seed=config.seed,
+    batching=stage.data.batching,
+    buckets=stage.data.buckets,
+    row_length=stage.data.row_length,
+    lengths=table,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=config.loader_threads,
+    workers=config.loader_workers,
     on_bad_sample=stage.data.on_bad_sample,
     bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
   )

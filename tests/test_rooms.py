@@ -26,7 +26,6 @@ ALLOWED = {
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "places", "sharding", "training", "weights"},
   "inspection": {"batch", "build", "config", "models", "parameters", "places", "weights"},
-  "data_commands": {"build", "command_line", "config", "data", "places", "preflight"},
   "bench": {"config", "parameters", "weights"},
   "convert": {"build", "config", "data", "inspection", "places", "training", "weights"},
   "generate": {"build", "config", "data", "inference", "places", "training", "weights"},

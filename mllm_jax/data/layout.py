@@ -83,3 +83,16 @@ def pad(row: RowArrays, length: int) -> RowArrays:
   return RowArrays(
     *(np.pad(values, (0, missing), constant_values=fill) for values, fill in zip(row, PADDING, strict=True))
   )
+
+
+def take_segment(row: RowArrays, segment: int, table_start: int) -> RowArrays:
+  """The places of a row of one sample, without padding, as segment number `segment` of a row shared with others.
+
+  table_start: where the sample's visual tokens begin in the shared row's table.
+  """
+  used = row.segment_ids > 0
+  row = RowArrays(*(values[used] for values in row))
+  return row._replace(
+    segment_ids=np.full_like(row.segment_ids, segment),
+    visual_index=np.where(row.visual_index >= 0, row.visual_index + np.int32(table_start), row.visual_index),
+  )

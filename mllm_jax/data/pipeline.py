@@ -1,41 +1,47 @@
-"""Pipeline: the order in which samples are seen, and the threads that make batches of them.
+"""Pipeline: from an order of samples to batches, made by threads or by worker processes.
 
-Which samples make up step n is a pure function of the seed and n. It depends neither on the number of threads nor on
-the number of processes, so a run that is resumed, or resumed on other hardware, sees what it would have seen.
+Which samples make up step n is a pure function of the seed and n (see `order`). It depends neither on the number of
+threads and workers nor on the number of processes, so a run that is resumed, or resumed on other hardware, sees what it
+would have seen.
 """
 
 from collections.abc import Iterator
 
 import grain
-import numpy as np
+from absl import flags
 
 from mllm_jax.batch import Batch
-from mllm_jax.config import ConfigError
+from mllm_jax.config import ConfigError, DataConfig, check_batching
 from mllm_jax.data.bad_samples import BadSamples, Made, make
+from mllm_jax.data.lengths import LengthTable
+from mllm_jax.data.order import FixedOrder, GroupedOrder, Order, PackedOrder
 from mllm_jax.data.processor import Processor, Row, collate
 from mllm_jax.data.records import DataError, Records
+from mllm_jax.data.workers import start_worker
 
 
 class TrainingBatches:
-  """The batches of one training stage; iterating gives (ids of this process's samples, Batch) for each step.
+  """The batches of one training stage; iterating gives (ids of this process's samples, batch) for each step.
 
-  Every epoch is shuffled anew. Epochs follow one another without a gap, so a batch may hold the end of one and the
-  start of the next; only what is left at the end of the whole run and fills no batch is dropped.
-
-  The arrays are [accumulation, batch_size / accumulation / process_count, ...]: each process holds its contiguous
-  share of every micro-batch's rows, and the ids are in the order of the flattened rows.
+  Batching "fixed" and "pack" give a Batch of arrays [accumulation, batch_size / accumulation / process_count, ...];
+  "group" gives a tuple of `accumulation` Batches [1, batch_size / accumulation / process_count, ...], as each
+  micro-batch has a length of its own. Each process holds its contiguous share of every micro-batch's rows, and the ids
+  are in the order of the flattened rows.
 
   Args:
     records: the samples.
     processor: makes the rows.
-    batch_size: samples of a step, over all micro-batches and processes.
+    batch_size: rows of a step, over all micro-batches and processes.
     accumulation: micro-batches a step is computed in.
     epochs: how often each sample is seen; need not be whole.
     steps: number of steps; 0 takes as many as the epochs fill.
     seed: of the shuffling; not negative.
+    batching, buckets, row_length: as in `DataConfig`.
+    lengths: of all records; for "group" and "pack".
     process_index, process_count: this process among those that share a step.
-    threads: that decode and tokenize; 0 does so when a batch is asked for.
-    on_bad_sample: "error", "skip" (a row without trained-on tokens) or "replace"; see `bad_samples`.
+    threads: that decode and tokenize, in each worker; 0 does so when a row is asked for.
+    workers: processes that make the rows; 0 makes them in this one.
+    on_bad_sample: "error", "skip" (a row without trained-on tokens) or "replace"; see `bad_samples`. For "fixed" only.
     bad_samples: is told of every sample in the order of the batches; None puts up with any number of bad ones.
 
   Raises:
@@ -53,9 +59,14 @@ class TrainingBatches:
     epochs: float = 1.0,
     steps: int = 0,
     seed: int = 0,
+    batching: str = "fixed",
+    buckets: tuple[int, ...] = (),
+    row_length: int = 0,
+    lengths: LengthTable | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    workers: int = 0,
     on_bad_sample: str = "error",
     bad_samples: BadSamples | None = None,
   ):
@@ -69,23 +80,29 @@ class TrainingBatches:
       raise ConfigError(f"process_index={process_index} does not exist among {process_count} processes")
     if len(records) < batch_size:
       raise DataError(f"{records.source}: {len(records)} samples do not fill a batch of {batch_size}; lower batch_size")
-    self.steps = steps or int(epochs * len(records)) // batch_size
+    data = DataConfig(
+      max_length=processor.max_length,
+      max_images=processor.max_images,
+      batching=batching,
+      buckets=buckets,
+      row_length=row_length,
+    )
+    self._order = make_order(data, len(records), lengths, batch_size, accumulation, epochs, steps, seed)
+    self.steps = self._order.steps
     if self.steps < 1:
       raise ConfigError(
-        f"epochs={epochs} of {len(records)} samples fill no batch of {batch_size}; raise epochs or set steps"
+        f"epochs={epochs} of {len(records)} samples fill no batch of {batch_size}"
+        f"{' rows' if batching == 'pack' else ''}; raise epochs, lower batch_size or set steps"
       )
     self._records = records
     self._processor = processor
-    self._batch_size = batch_size
+    self._batching = batching
     self._shape = (accumulation, batch_size // parts)
-    self._process_index = process_index
-    self._threads = threads
+    self._process_index, self._process_count = process_index, process_count
+    self._threads, self._workers = threads, workers
     self._seed = seed
     self._policy = on_bad_sample
     self._bad_samples = bad_samples
-    # Grain shuffles epoch e with its seed + e: not spread out, seed 1 would begin with the second epoch of seed 0.
-    spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 2
-    self._order = grain.MapDataset.range(len(records)).shuffle(seed=spread_seed).repeat()
 
   def __len__(self) -> int:
     return self.steps
@@ -95,22 +112,26 @@ class TrainingBatches:
     """Samples of the data set."""
     return len(self._records)
 
-  def __iter__(self) -> Iterator[tuple[list[str], Batch]]:
+  @property
+  def order(self) -> Order:
+    """What the steps are made of."""
+    return self._order
+
+  def __iter__(self) -> Iterator[tuple[list[str], Batch | tuple[Batch, ...]]]:
     return self.iterate()
 
-  def indices(self, step: int) -> np.ndarray:
-    """int64 [accumulation, rows]: which records this process takes in a step."""
+  def rows(self, step: int) -> list[tuple[int, ...]]:
+    """Which records this process takes in a step, for each of its rows; none in a row that only fills up."""
     count = self._shape[0] * self._shape[1]
-    return np.array([self._index(step * count + i) for i in range(count)]).reshape(self._shape)
+    return [self._order.samples(self._place(step * count + i)[1]) for i in range(count)]
 
-  def _index(self, place: int) -> int:
-    """The record of the place-th row that this process makes, counted over all steps."""
-    micro_batches, rows = self._shape
-    micro_batch, row = divmod(place, rows)  # micro-batches too are counted over all steps
-    micro_batch_size = self._batch_size // micro_batches
-    return int(self._order[micro_batch * micro_batch_size + self._process_index * rows + row])
+  def _place(self, number: int) -> tuple[int, int]:
+    """(micro-batch, row) of the number-th row that this process makes; all three are counted over all steps."""
+    rows = self._shape[1]
+    micro_batch, row = divmod(number, rows)
+    return micro_batch, (micro_batch * self._process_count + self._process_index) * rows + row
 
-  def iterate(self, start_step: int = 0) -> Iterator[tuple[list[str], Batch]]:
+  def iterate(self, start_step: int = 0) -> Iterator[tuple[list[str], Batch | tuple[Batch, ...]]]:
     """The batches from start_step on, the same as in a run from the beginning.
 
     Raises:
@@ -120,28 +141,78 @@ class TrainingBatches:
       raise ConfigError(f"start_step={start_step} is not within the run's {self.steps} steps")
     return self._iterate(start_step)
 
-  def _iterate(self, start_step: int) -> Iterator[tuple[list[str], Batch]]:
+  def _iterate(self, start_step: int) -> Iterator[tuple[list[str], Batch | tuple[Batch, ...]]]:
     rows_per_step = self._shape[0] * self._shape[1]
+    ahead = -(-2 * rows_per_step // max(1, self._workers))
     # Rows and not batches are what the threads share, so that the first batch is not made by one thread alone.
-    places = grain.MapDataset.range(start_step * rows_per_step, self.steps * rows_per_step)
-    options = grain.ReadOptions(
-      num_threads=self._threads, prefetch_buffer_size=2 * rows_per_step if self._threads else 0
-    )
-    rows = iter(places.map(self._row).to_iter_dataset(options))
-    for _ in range(start_step, self.steps):
-      made = [next(rows) for _ in range(rows_per_step)]
-      for each in made if self._bad_samples else ():
-        self._bad_samples.note(each)
-      yield (
-        [each.name for each in made],
-        self._batch([self._processor.empty_row() if each.value is None else each.value for each in made]),
-      )
+    numbers = grain.MapDataset.range(start_step * rows_per_step, self.steps * rows_per_step)
+    options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead if self._threads else 0)
+    dataset = numbers.map(self._row).to_iter_dataset(options)
+    if self._workers:
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain asks for flags of its own, which nobody parses here
+      # Shared memory for pixels only: for each small array of a row it takes longer than sending it.
+      options = grain.experimental.DatasetOptions(min_shm_size=2**16)
+      dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, ahead), worker_init_fn=start_worker)
+    rows = iter(dataset)
+    try:
+      for _ in range(start_step, self.steps):
+        made = [next(rows) for _ in range(rows_per_step)]
+        samples = [sample for samples, _ in made for sample in samples]
+        for sample in samples if self._bad_samples else ():
+          self._bad_samples.note(sample)
+        filled = [self._processor.empty_row() if row is None else row for _, row in made]
+        yield [sample.name for sample in samples], self._batch(filled)
+    finally:
+      rows.close()
 
-  def _row(self, place: int) -> Made[Row]:
-    return make(self._records, self._index(int(place)), self._processor.row, self._policy, self._seed)
+  def _row(self, number: int) -> tuple[list[Made], Row | None]:
+    """What became of the samples of a row, and the row; None where its only sample is skipped."""
+    micro_batch, row = self._place(int(number))
+    indices = self._order.samples(row)
+    if self._batching == "fixed":
+      made = make(self._records, indices[0], self._processor.row, self._policy, self._seed)
+      return [made._replace(value=None)], made.value
+    samples = [self._records[i] for i in indices]
+    packed = self._processor.packed_row(samples, self._order.length(micro_batch))
+    return [Made(sample.id, None, "", i, i) for i, sample in zip(indices, samples)], packed
 
-  def _batch(self, rows: list[Row]) -> Batch:
-    flat = collate(rows)
-    return Batch(
-      **{field: getattr(flat, field).reshape(self._shape + getattr(flat, field).shape[1:]) for field in Row._fields}
-    )
+  def _batch(self, rows: list[Row]) -> Batch | tuple[Batch, ...]:
+    if self._batching == "group":
+      count = self._shape[1]
+      return tuple(_shaped(rows[i : i + count], (1, count)) for i in range(0, len(rows), count))
+    return _shaped(rows, self._shape)
+
+
+def make_order(
+  data: DataConfig,
+  count: int,
+  lengths: LengthTable | None,
+  batch_size: int,
+  accumulation: int,
+  epochs: float,
+  steps: int,
+  seed: int,
+) -> Order:
+  """The order of `count` samples that data.batching names.
+
+  Raises:
+    ConfigError: a batching that does not exist, buckets that cannot hold the samples, or rows too short for them.
+    ValueError: no lengths, or those of other data, for a batching that needs them.
+  """
+  check_batching(data)
+  if data.batching == "fixed":
+    return FixedOrder(count, data.max_length, batch_size, epochs, steps, seed)
+  if lengths is None or len(lengths) != count:
+    raise ValueError(f"batching={data.batching!r} needs the lengths of all {count} samples")
+  if data.batching == "group":
+    return GroupedOrder(lengths, data.max_length, data.buckets, batch_size, accumulation, epochs, steps, seed)
+  row_length = data.row_length or data.max_length
+  return PackedOrder(lengths, data.max_length, row_length, data.max_images, batch_size, epochs, steps, seed)
+
+
+def _shaped(rows: list[Row], shape: tuple[int, int]) -> Batch:
+  """Rows as a Batch whose arrays begin with `shape`."""
+  flat = collate(rows)
+  return Batch(**{field: getattr(flat, field).reshape(shape + getattr(flat, field).shape[1:]) for field in Row._fields})

@@ -94,6 +94,28 @@ class Processor:
     nothing = layout.RowArrays(*(np.zeros(0, dtype) for dtype in layout.DTYPES))
     return Row(*layout.pad(nothing, self.max_length), *self._pixels([]))
 
+  def measure(self, sample: Sample) -> tuple[int, int]:
+    """(places that the sample takes before anything is cut off, crops that it takes); no image is opened.
+
+    Raises:
+      DataError: a sample that `row` refuses because of its turns or placeholders. The message names the sample.
+    """
+    try:
+      encoded = chat.encode(sample.turns, self.template, self.tokenizer, len(sample.images), sample.system)
+    except DataError as error:
+      raise DataError(f"{sample.name}: {error}") from error
+    return len(encoded.ids) + len(sample.images) * (self.tokens_per_image - 1), len(sample.images)
+
+  def packed_row(self, samples: Sequence[Sample], length: int) -> Row:
+    """A training row of `length` places that samples share, each cut to max_length; without any, a row of padding.
+
+    Raises:
+      DataError: as from `row`, or the samples have more crops than max_images. The message names the sample.
+      ValueError: they take more than `length` places.
+    """
+    rows = [self.with_room(len(sample.images)).row(sample) for sample in samples]
+    return join_rows(rows, length, self.max_images, self.tokens_per_image, self.vision.image_size)
+
   def prompt(
     self,
     turns: Sequence[Turn],
@@ -260,6 +282,32 @@ def pad_row(row: Row, length: int) -> Row:
   """A row with padding on the right up to `length` places."""
   places = layout.RowArrays(*row[: len(layout.RowArrays._fields)])
   return Row(*layout.pad(places, length), row.pixels, row.grids)
+
+
+def join_rows(rows: Sequence[Row], length: int, max_images: int, tokens_per_crop: int, image_size: int) -> Row:
+  """Puts rows of one sample each behind one another, without their padding, as segments 1, 2, ... of one row.
+
+  Positions restart in every segment; crops stand in the order of the samples, and visual_index counts on through their
+  table of tokens_per_crop tokens each.
+
+  Raises:
+    DataError: the crops are more than max_images.
+    ValueError: the rows take more than `length` places.
+  """
+  pixels, grids = np.zeros((max_images, image_size, image_size, 3), np.uint8), np.zeros((max_images, 2), np.int32)
+  parts, crops = [[] for _ in layout.RowArrays._fields], 0
+  for segment, row in enumerate(rows, start=1):
+    used = int(row.grids.any(axis=1).sum())
+    if crops + used > max_images:
+      raise DataError(f"{crops + used} images, and a row has room for {max_images}; raise data.max_images")
+    pixels[crops : crops + used], grids[crops : crops + used] = row.pixels[:used], row.grids[:used]
+    places = layout.take_segment(layout.RowArrays(*row[: len(parts)]), segment, crops * tokens_per_crop)
+    for part, values in zip(parts, places, strict=True):
+      part.append(values)
+    crops += used
+  joined = [np.concatenate(part) if part else np.zeros(0, np.int32) for part in parts]
+  joined = layout.RowArrays(*joined)._replace(loss_weights=joined[2].astype(np.float32))
+  return Row(*layout.pad(joined, length), pixels, grids)
 
 
 def collate(rows: Iterable[Row]) -> Batch:

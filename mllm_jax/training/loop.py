@@ -26,7 +26,7 @@ def run_steps(
   train_step: Callable,
   state: TrainState,
   frozen: dict[str, jax.Array],
-  batches: Iterator[tuple[list[str], Batch]],
+  batches: Iterator[tuple[list[str], Batch | tuple[Batch, ...]]],
   *,
   steps: int,
   mesh: Mesh,
@@ -72,7 +72,7 @@ class Reporter:
     self, config: Config, name: str, stage: StageConfig, folder: Path, log: MetricsLog, start: int, steps: int
   ):
     self.config, self.name, self.folder, self.log, self.steps = config, name, folder, log, steps
-    self.clock = Clock(stage.batch_size)
+    self.clock = Clock()
     self.bar = tqdm(
       total=steps, initial=start, desc=name, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True
     )
@@ -86,7 +86,8 @@ class Reporter:
   def settle(self, step: int, ids: list[str], numbers: dict[str, jax.Array]) -> None:
     """Waits for a step's numbers. Raises NotFinite after config.max_nonfinite bad steps in a row."""
     values: dict[str, Any] = {key: value.item() for key, value in jax.device_get(numbers).items()}
-    self.clock.tick(values["tokens"])
+    # With packed rows the other processes may have some more or fewer samples.
+    self.clock.tick(len(ids) * jax.process_count(), values["tokens"])
     self.bar.update()
     bad = values["skipped_in_row"]
     if bad:
@@ -124,17 +125,16 @@ class Reporter:
 class Clock:
   """Samples and trained tokens a second since the rates were last asked for."""
 
-  def __init__(self, samples_per_step: int):
-    self.samples_per_step = samples_per_step
-    self.since, self.steps, self.tokens = time.perf_counter(), 0, 0.0
+  def __init__(self):
+    self.since, self.samples, self.tokens = time.perf_counter(), 0, 0.0
 
-  def tick(self, tokens: float) -> None:
-    self.steps += 1
+  def tick(self, samples: int, tokens: float) -> None:
+    self.samples += samples
     self.tokens += tokens
 
   def rates(self) -> dict[str, float]:
     now = time.perf_counter()
     seconds = max(now - self.since, 1e-9)
-    rates = {"samples_per_s": self.steps * self.samples_per_step / seconds, "tokens_per_s": self.tokens / seconds}
-    self.since, self.steps, self.tokens = now, 0, 0.0
+    rates = {"samples_per_s": self.samples / seconds, "tokens_per_s": self.tokens / seconds}
+    self.since, self.samples, self.tokens = now, 0, 0.0
     return rates

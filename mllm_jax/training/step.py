@@ -79,7 +79,73 @@ def make_step(
   the same however the batch is cut. (Averaging the micro-batches' means, as is often done, weighs tokens by the length
   of their neighbours.) A step whose loss or gradient is not finite changes nothing but the counters.
   """
-  factor = optimizer_lib.schedule(steps, stage.warmup_ratio)
+  gradient = _gradient(graphdef, mesh)
+  apply = _apply(stage, learning_rates, steps, optimizer)
+
+  def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
+    keys = _dropout_keys(seed, state.step, stage.accumulation)
+    if stage.accumulation == 1:
+      return apply(state, gradient(state.trainable, frozen, jax.tree.map(lambda x: x[0], batch), keys[0]))
+
+    def add(total, xs):
+      return jax.tree.map(jnp.add, total, gradient(state.trainable, frozen, *xs)), None
+
+    return apply(state, jax.lax.scan(add, _zero(state.trainable), (batch, keys))[0])
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+class BucketedStep:
+  """The step over micro-batches of several lengths: (state, frozen, A batches [1, B, ...]) -> (state, metrics).
+
+  It computes what `make_step` does; but each micro-batch is a call of its own, compiled once for each length. The state
+  is donated. The arguments are those of `make_step`.
+  """
+
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef,
+    stage: StageConfig,
+    learning_rates: dict[str, float],
+    steps: int,
+    seed: int,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+  ):
+    gradient = _gradient(graphdef, mesh)
+    apply = _apply(stage, learning_rates, steps, optimizer)
+    whole = sharding.replicated(mesh)
+
+    def add(total, trainable, frozen, batch, step, index):
+      key = _dropout_keys(seed, step, stage.accumulation)[index]
+      new = gradient(trainable, frozen, jax.tree.map(lambda x: x[0], batch), key)
+      return jax.tree.map(jnp.add, total, new)
+
+    totals = (whole, whole, shardings.trainable)
+    self._start = jax.jit(_zero, out_shardings=totals)
+    self.add = jax.jit(add, donate_argnums=0, out_shardings=totals)
+    self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(shardings, whole))
+
+  def __call__(self, state: TrainState, frozen: dict[str, jax.Array], batches: tuple[Batch, ...]):
+    total = self._start(state.trainable)
+    for index, batch in enumerate(batches):
+      total = self.add(total, state.trainable, frozen, batch, state.step, index)
+    return self._apply(state, total)
+
+
+def _dropout_keys(seed: int, step: jax.Array, micro_batches: int) -> jax.Array:
+  return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), micro_batches)
+
+
+def _zero(trainable: dict[str, jax.Array]):
+  """(loss, trained tokens, gradient) of nothing."""
+  zero = jnp.zeros((), jnp.float32)
+  return zero, zero, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+
+
+def _gradient(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
+  """The function (trainable, frozen, batch [B, ...], dropout key) -> (summed loss, trained tokens, summed gradient)."""
   rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
 
   def gradient(trainable, frozen, batch, key):
@@ -90,21 +156,17 @@ def make_step(
     (loss, tokens), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     return loss, tokens, grads
 
-  def accumulate(trainable, frozen, batch, key):
-    keys = jax.random.split(key, stage.accumulation)
-    if stage.accumulation == 1:
-      return gradient(trainable, frozen, jax.tree.map(lambda x: x[0], batch), keys[0])
+  return gradient
 
-    def add(total, xs):
-      return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *xs)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
-    return jax.lax.scan(add, start, (batch, keys))[0]
+def _apply(
+  stage: StageConfig, learning_rates: dict[str, float], steps: int, optimizer: optax.GradientTransformation
+) -> Callable:
+  """The function (state, what `_gradient` gave, summed over micro-batches) -> (state, metrics)."""
+  factor = optimizer_lib.schedule(steps, stage.warmup_ratio)
 
-  def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    loss, tokens, grads = accumulate(state.trainable, frozen, batch, key)
+  def apply(state: TrainState, totals):
+    loss, tokens, grads = totals
     count = jnp.maximum(tokens, 1.0)
     loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
     norm = parameters.norm(grads)
@@ -134,4 +196,4 @@ def make_step(
     }
     return state, metrics
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  return apply

@@ -61,7 +61,7 @@ def test_batches_hold_the_rows_of_their_samples(records, processor):
   batches = TrainingBatches(records, processor, batch_size=6, accumulation=3, epochs=2)
   for step, (ids, batch) in enumerate(batches):
     assert batch.tokens.shape == (3, 2, 90) and batch.pixels.shape == (3, 2, 1, 28, 28, 3)
-    assert [int(i) for i in ids] == batches.indices(step).flatten().tolist()
+    assert [(int(i),) for i in ids] == batches.rows(step)
     for field in Row._fields:
       for row, name in zip(getattr(batch, field).reshape(6, *getattr(batch, field).shape[2:]), ids, strict=True):
         np.testing.assert_array_equal(row, getattr(by_id[name], field))
@@ -96,17 +96,17 @@ def test_processes_share_every_micro_batch_contiguously(records, processor, proc
     TrainingBatches(records, processor, process_index=p, process_count=processes, **options) for p in range(processes)
   ]
   for step in range(alone.steps):
-    joined = np.concatenate([share.indices(step) for share in shares], axis=1)
-    np.testing.assert_array_equal(joined, alone.indices(step))
+    halves = [np.array(share.rows(step)).reshape(2, -1) for share in shares]  # micro-batches
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1).ravel(), np.ravel(alone.rows(step)))
   for p, share in enumerate(shares):
     ids, batch = next(iter(share))
-    assert [int(i) for i in ids] == share.indices(0).flatten().tolist()
+    assert [(int(i),) for i in ids] == share.rows(0)
     assert batch.tokens.shape == (2, 4 // processes, 90)
 
 
 def test_every_sample_is_seen_equally_often(records, processor):
   batches = TrainingBatches(records, processor, batch_size=5, epochs=10)
-  count = collections.Counter(index for step in range(batches.steps) for index in batches.indices(step).flat)
+  count = collections.Counter(index for step in range(batches.steps) for (index,) in batches.rows(step))
   assert set(count.values()) == {10} and len(count) == N
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_work_is_refused(records, processor, options, error, message
 @pytest.mark.parametrize("threads", [0, 4])
 def test_a_bad_sample_arrives_as_its_own_error(records, processor, threads):
   batches = TrainingBatches(records, processor, batch_size=2, threads=threads)
-  bad = records[int(batches.indices(3).flat[1])]
+  bad = records[batches.rows(3)[1][0]]
   os.remove(bad.images[0])
   iterator = iter(batches)
   for _ in range(3):

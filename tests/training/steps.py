@@ -73,8 +73,10 @@ def initial_parameters(scale: float = 4.0) -> dict[str, np.ndarray]:
 class Training:
   """A stage on a mesh; `step(batch)` gives the metrics as floats."""
 
-  def __init__(self, mesh_config=MeshConfig(), devices=1, steps=20, dropout=0.1, dtype="float32", **stage):
-    """`dtype` is that of the computation and of the frozen parameters."""
+  def __init__(
+    self, mesh_config=MeshConfig(), devices=1, steps=20, dropout=0.1, dtype="float32", bucketed=False, **stage
+  ):
+    """`dtype` is that of the computation and of the frozen parameters; `bucketed` takes a `BucketedStep`."""
     config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=dropout), dtype=dtype)
     self.stage = StageConfig(lora=config.lora, parameters=recipes.parameter_table(1e-3, 1e-3), **stage)
     self.mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
@@ -88,13 +90,17 @@ class Training:
     optimizer = optimizer_lib.make(self.stage, trainable)
     self.shardings = step_lib.state_shardings(optimizer, trainable, self.mesh)
     self.state = step_lib.initial_state(optimizer, trainable, self.mesh)
-    self.compiled = step_lib.make_step(
+    make = step_lib.BucketedStep if bucketed else step_lib.make_step
+    self.compiled = make(
       graphdef, self.stage, {path: rates[path] for path in trainable}, steps, 0, self.mesh, optimizer, self.shardings
     )
 
   def step(self, batch: Batch) -> dict[str, float]:
     """One step of a batch [B, ...], cut into the stage's micro-batches."""
-    cut = jax.tree.map(lambda x: x.reshape(self.stage.accumulation, -1, *x.shape[1:]), batch)
+    return self.take(jax.tree.map(lambda x: x.reshape(self.stage.accumulation, -1, *x.shape[1:]), batch))
+
+  def take(self, batch: Batch | tuple[Batch, ...]) -> dict[str, float]:
+    """One step of what the compiled step takes."""
     with jax.set_mesh(self.mesh):
-      self.state, metrics = self.compiled(self.state, self.frozen, sharding.to_device(cut, self.mesh, leading=1))
+      self.state, metrics = self.compiled(self.state, self.frozen, sharding.to_device(batch, self.mesh, leading=1))
       return {key: value.item() for key, value in jax.device_get(metrics).items()}
