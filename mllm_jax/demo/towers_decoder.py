@@ -38,7 +38,9 @@ END = 2  # the id of </s>
 
 
 def config(vocab_size: int) -> DecoderConfig:
-  return DecoderConfig(vocab_size=vocab_size, width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=344)
+  return DecoderConfig(
+    vocab_size=vocab_size, width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=344, max_positions=1024
+  )
 
 
 # --- Descriptions --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_replaced_samples_are_others_and_the_same_every_time(records, processor,
   log = BadSamples(1.0, tmp_path / "stage")
   batches = batches_of(records, processor, "replace", threads=threads, bad_samples=log)
   whole = list(batches)
-  asked = np.concatenate([batches.indices(step).flatten() for step in range(batches.steps)])
+  asked = np.array([index for step in range(batches.steps) for (index,) in batches.rows(step)])
   got = [name for names, _ in whole for name in names]
   good = {f"s{i}" for i in range(N)} - {f"s{i}" for i in BAD}
   assert set(got) <= good
@@ -74,7 +74,7 @@ def test_skipped_samples_leave_an_empty_row(records, processor, tmp_path):
   batches = batches_of(records, processor, "skip", bad_samples=log)
   by_index = {i: processor.row(records[i]) for i in range(N) if i not in BAD}
   for step, (names, batch) in enumerate(batches):
-    for row, (index, name) in enumerate(zip(batches.indices(step).flat, names, strict=True)):
+    for row, (index, name) in enumerate(zip(np.ravel(batches.rows(step)), names, strict=True)):
       assert name == f"s{index}"
       expected = by_index.get(int(index), processor.empty_row())
       for field in Row._fields:
