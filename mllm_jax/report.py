@@ -20,6 +20,7 @@ from PIL import Image
 from mllm_jax.config import Config
 from mllm_jax.data import images
 from mllm_jax.inference.evaluate import Prediction
+from mllm_jax.page import PAGE
 
 PICTURES = 24
 PICTURE_SIZE = 320  # pixels along the longer side; larger pictures are shrunk to it
@@ -339,22 +340,6 @@ def _setting(value: Any) -> str:
 def _percent(fraction: float) -> str:
   return f"{100 * fraction:.1f}&thinsp;%"
 
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body><main>
-{body}
-</main></body>
-</html>
-"""
 
 STYLE = """
 :root { --page:#f6f5f2; --card:#fffefb; --ink:#1c1b19; --soft:#66635d; --line:#e2dfd8; --accent:#2a6fc9;

@@ -18,6 +18,7 @@ from pathlib import Path
 from mllm_jax import preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
+from mllm_jax.continuation import check_identity, pretrained_projector, recipe_identity
 from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
 
@@ -325,73 +326,6 @@ def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, 
     f"{name}: held-out exact match {result.overall.exact_match:.1%}"
     + (f", with the pictures blanked {result.overall.blank:.1%}" if result.overall.blank is not None else "")
   )
-
-
-def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: dict, mesh) -> dict:
-  """The projector that pretrain left in the same workdir, by path; {} where a released one is named instead.
-
-  Raises ConfigError where there is neither: a projector that starts from noise would train, and be worth nothing.
-  """
-  import jax
-  import jax.numpy as jnp
-
-  from mllm_jax import sharding
-  from mllm_jax.training.checkpoint import Checkpoints
-
-  folder = workdir / "pretrain" / "checkpoints"
-  checkpoints = Checkpoints(folder) if folder.is_dir() else None
-  step = checkpoints.latest() if checkpoints is not None else None
-  if step is None:
-    if config.model.projector_weights:
-      return {}
-    raise ConfigError(
-      f"finetune starts from a pre-trained projector, and {folder} holds none; run --config.stages=pretrain first, "
-      "or name a released one in model.projector_weights"
-    )
-  meta = checkpoints.meta(step)
-  if step < meta["steps"]:
-    raise ConfigError(
-      f"{folder}: pretrain has done {step} of {meta['steps']} steps; finish it first (--config.stages=pretrain)"
-    )
-  without_lora = lambda content: {
-    "model": {key: value for key, value in content["model"].items() if key != "lora"},
-    "fingerprints": content["fingerprints"],
-  }
-  check_identity(without_lora(meta), without_lora(identity), folder)
-  places = sharding.parameter_shardings(shapes, mesh)
-  like = {
-    path: jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=places[path])
-    for path, shape in shapes.items()
-    if path.startswith("projector/")
-  }
-  return checkpoints.restore_trainable(step, like)
-
-
-def recipe_identity(stage) -> dict:
-  """What of a stage's configuration decides its result. Where the data lie does not: they may be moved."""
-  content = to_dict(stage)
-  moved = ("path", "image_folder", "max_bad_share")
-  content["data"] = {key: value for key, value in content["data"].items() if key not in moved}
-  content["data"]["mix"] = [share for _, _, share in stage.data.mix]
-  return json.loads(json.dumps(content))
-
-
-def check_identity(saved: dict, now: dict, folder: Path) -> None:
-  """Raises ConfigError where a checkpoint is of another run than this one would be, with all differences."""
-
-  def differences(a, b, path):
-    if isinstance(a, dict) and isinstance(b, dict):
-      return [line for key in sorted(set(a) | set(b)) for line in differences(a.get(key), b.get(key), f"{path}.{key}")]
-    return [] if a == b else [f"{path.lstrip('.')}: {a} in the checkpoint, {b} now"]
-
-  now = json.loads(json.dumps(now))
-  found = [line for key in now for line in differences(saved.get(key), now[key], key)]
-  if found:
-    raise ConfigError(
-      f"{folder} holds checkpoints of another run:\n  "
-      + "\n  ".join(found[:12])
-      + "\nSet these back to continue it, or use another --workdir"
-    )
 
 
 def summary(rows: list[dict], workdir: Path, seconds: float) -> str:

@@ -14,6 +14,7 @@ from mllm_jax.data import chat, images, tiles
 from mllm_jax.data.layout import RowArrays
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Sample
+from mllm_jax.page import PAGE
 
 escape = html.escape
 SHOWN_IDS = 12  # of a long run of visual tokens, on hover
@@ -185,22 +186,6 @@ def _data_uri(pixels: np.ndarray) -> str:
     kind = "png"
   return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body><main>
-{body}
-</main></body>
-</html>
-"""
 
 STYLE = """
 :root { --page:#f6f5f2; --card:#fffefb; --ink:#1c1b19; --soft:#66635d; --line:#e2dfd8; --wrong:#b3261e;
