@@ -1,0 +1,52 @@
+"""Flat maps: feature maps of any height and width on one padded shape.
+
+A map of h x w cells is the first h * w of N rows, row by row; the rest is padding. So a batch holds maps of different
+shapes, compiled once, and their area bounds the memory, not their longest side. A grid is the pair (h, w), an array
+like any other; (0, 0) stands for no map at all.
+"""
+
+import jax
+import jax.numpy as jnp
+
+CUBIC = -0.75  # the coefficient of PyTorch's bicubic interpolation; jax.image.resize has -0.5
+
+
+def coordinates(grids: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Where the places of flat maps lie: (row, column, whether it is a place of the map), each [..., length].
+
+  grids: int32 [..., 2], at most `length` cells each. Padding has row and column 0.
+  """
+  height, width = grids[..., :1], grids[..., 1:]
+  place = jnp.arange(length, dtype=jnp.int32)
+  valid = place < height * width
+  place = jnp.where(valid, place, 0)
+  width = jnp.maximum(width, 1)
+  return place // width, place % width, valid
+
+
+def bicubic_matrix(places: jax.Array, target: jax.Array, source: jax.Array, columns: int) -> jax.Array:
+  """Bicubic interpolation along one axis, as PyTorch computes it (align_corners False, no antialiasing), as a matrix.
+
+  places: int32 [..., n], places of the target axis. target, source: int32, broadcastable to [...], how long the two
+  axes are. Returns float32 [..., n, columns]: what each cell of a source axis of at most `columns` cells weighs. Beyond
+  the ends the end cells are repeated. Equal lengths give exactly 0 and 1.
+  """
+  target, source = jnp.asarray(target)[..., None], jnp.asarray(source)[..., None]
+  scale = source.astype(jnp.float32) / jnp.maximum(target, 1).astype(jnp.float32)
+  position = (places.astype(jnp.float32) + 0.5) * scale - 0.5
+  first = jnp.floor(position)
+  cells = jnp.arange(columns)
+  matrix = jnp.zeros((*position.shape, columns), jnp.float32)
+  for tap in (-1, 0, 1, 2):
+    cell = jnp.clip(first.astype(jnp.int32) + tap, 0, jnp.maximum(source - 1, 0))
+    weight = _cubic(jnp.abs(position - first - tap))
+    matrix = matrix + weight[..., None] * (cell[..., None] == cells)
+  return matrix
+
+
+def _cubic(distance: jax.Array) -> jax.Array:
+  """Weight of a cell at this distance, 0..2 (Keys 1981)."""
+  a, x = CUBIC, distance
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+  return jnp.where(x <= 1, near, far)
