@@ -16,11 +16,12 @@ from mllm_jax.weights.tensors import InMemory
 # The goldens are small: most of a test's time would go into optimising code that runs once.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FOLDER = Path(__file__).parent / "goldens" / "sp"
+UHD = FOLDER.with_name("uhd")
 
 
-def read(name: str) -> dict[str, np.ndarray]:
+def read(name: str, folder: Path = FOLDER) -> dict[str, np.ndarray]:
   """All arrays of a golden file. Those it leaves out because they were drawn from a seed are drawn again."""
-  with np.load(FOLDER / f"{name}.npz") as file:
+  with np.load(folder / f"{name}.npz") as file:
     arrays = dict(file)
   if "draws_json" in arrays:
     meta = json.loads(str(arrays["draws_json"]))

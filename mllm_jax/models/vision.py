@@ -106,8 +106,8 @@ class VisionTower(nnx.Module):
     table, side = self.position_embedding[...].astype(jnp.float32), self.config.grid
     before = int(self.config.class_token)
     row, column, valid = flat.coordinates(grids, length)
-    rows = flat.bicubic_matrix(row, grids[:, :1], side, side)
-    columns = flat.bicubic_matrix(column, grids[:, 1:], side, side)
+    rows = flat.bicubic_matrix(row, grids[:, 0], side, side)
+    columns = flat.bicubic_matrix(column, grids[:, 1], side, side)
     weights = (rows[..., :, None] * columns[..., None, :]).reshape(*row.shape, side**2)
     patches = jnp.einsum("nij,jc->nic", weights, table[before:], preferred_element_type=jnp.float32)
     first = jnp.broadcast_to(table[:before], (len(grids), before, table.shape[-1]))

@@ -31,13 +31,43 @@ def test_clip_features():
   released.check_close("clip", np.asarray(features), golden["out.select"], relative=0, floor=1e-5)
 
 
+def test_clip_features_at_any_aspect():
+  """Images of two grids in one batch, beside a crop that is not used."""
+  golden = released.read("vit_anyres", released.UHD)
+  weights = {f"vision_model.{name}": array for name, array in released.group(golden, "w/").items()}
+  config = VisionConfig(width=32, layers=3, heads=4, mlp_width=64)
+  tower = nnx.eval_shape(lambda: VisionTower(config, any_aspect=True, dtype="float32", rngs=nnx.Rngs(0)))
+  tower = released.fill(tower, "vision/", clip.table(config), weights)
+  grids = np.zeros((3, 2), np.int32)
+  patches = np.full((3, 576, 588), 255, np.uint8)  # what stands in the padding changes nothing
+  for crop, number in enumerate((0, 3)):
+    cut = patchify(golden[f"image{number}_u8"].transpose(1, 2, 0), 14)
+    patches[crop, : len(cut)], grids[crop] = cut, golden["grids_hw"][crop]
+  run = released.jit(lambda tower, patches, grids: tower(tower.normalise(patches), grids))
+  features = np.asarray(run(tower, patches[:, None], grids[:, None]))[:, 0]
+  assert np.isfinite(features).all()
+  for crop, number in enumerate((0, 3)):
+    expected = golden[f"feat{number}"]
+    released.check_close(f"crop {crop}", features[crop, : len(expected)], expected, relative=1e-5)
+  alone = np.asarray(run(tower, patches[1:2], grids[1:2]))[0]
+  np.testing.assert_allclose(alone[:80], features[1, :80], rtol=0, atol=1e-5)
+
+  # A square image of the tower's own size has the features that it has without any of this.
+  plain = nnx.eval_shape(lambda: VisionTower(config, dtype="float32", rngs=nnx.Rngs(0)))
+  plain = released.fill(plain, "vision/", clip.table(config), weights)
+  image = np.random.default_rng(0).integers(0, 256, (1, 576, 588), dtype=np.uint8)
+  square = np.asarray(run(tower, image, np.full((1, 2), 24, np.int32)))
+  expected = np.asarray(released.jit(lambda tower, patches: tower(tower.normalise(patches)))(plain, image))
+  np.testing.assert_allclose(square, expected, rtol=0, atol=1e-5)
+
+
 def test_siglip_features():
   golden, where = released.read("siglip_tiny"), "siglip_tiny.npz, config_json"
   config = siglip.parse(json.loads(str(golden["config_json"])), where)
   assert (config.grid, config.layers_used, config.width) == (24, 2, 32)
   tower = nnx.eval_shape(lambda: VisionTower(config, dtype="float32", rngs=nnx.Rngs(0)))
   tower = released.fill(tower, "vision/", siglip.table(config), released.group(golden, "w."))
-  images = released.read("img_wide640x360")["siglip.pixel_values"].transpose(1, 2, 0)[None]
+  images = patchify(released.read("img_wide640x360")["siglip.pixel_values"].transpose(1, 2, 0)[None], 16)
   rows = golden["out.rows"]
   features = released.jit(lambda tower, images: tower(images))(tower, images)
   released.check_close("siglip", np.asarray(features)[:, rows], golden["out.select"], relative=0, floor=1e-5)
@@ -45,7 +75,7 @@ def test_siglip_features():
   np.testing.assert_array_equal(
     tower.normalise(np.array([0, 255], np.uint8)[:, None] * np.ones(3, np.uint8))[:, 0], [-1, 1]
   )
-  embedded = tower.patch_embedding(images.reshape(1, 24, 16, 24, 16, 3).swapaxes(2, 3).reshape(1, 576, -1))
+  embedded = tower.patch_embedding(images)
   embedded = np.asarray(embedded + tower.position_embedding[...])[:, rows]
   released.check_close("siglip embeddings", embedded, golden["hidden_0"], relative=0, floor=1e-5)
 

@@ -69,5 +69,5 @@ def test_tiles_need_the_token(tmp_path):
     build.make_aspect(layouts.model(), None, DataConfig(image_aspect="anyres"))
   with pytest.raises(ConfigError, match="image_aspect='square' is unknown; known: pad, anyres, slices"):
     build.make_aspect(layouts.model(), None, DataConfig(image_aspect="square"))
-  with pytest.raises(ConfigError, match="image_aspect=slices needs a projector .*hiwin.* kind is 'mlp2x_gelu'"):
+  with pytest.raises(ConfigError, match="image_aspect=slices needs a projector .*hiwin.*kind is 'mlp2x_gelu'"):
     build.make_aspect(layouts.model(), None, DataConfig(image_aspect="slices"))
