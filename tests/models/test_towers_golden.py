@@ -35,7 +35,8 @@ def test_clip_features_at_any_aspect():
   """Images of two grids in one batch, beside a crop that is not used."""
   golden = released.read("vit_anyres", released.UHD)
   weights = {f"vision_model.{name}": array for name, array in released.group(golden, "w/").items()}
-  config = VisionConfig(width=32, layers=3, heads=4, mlp_width=64)
+  half = (0.5, 0.5, 0.5)  # pixels from -1 to 1
+  config = VisionConfig(width=32, layers=3, heads=4, mlp_width=64, mean=half, std=half)
   tower = nnx.eval_shape(lambda: VisionTower(config, any_aspect=True, dtype="float32", rngs=nnx.Rngs(0)))
   tower = released.fill(tower, "vision/", clip.table(config), weights)
   grids = np.zeros((3, 2), np.int32)
