@@ -1,8 +1,8 @@
 """Batch: the one thing that crosses from host to device.
 
-Letters used all over the project: B batch rows, S sequence, K crops per row, P patches per crop, C vision width, T
-visual tokens per crop, D decoder width, H heads, N head width, V vocabulary, F feed-forward width, L layers, R LoRA
-rank.
+Letters used all over the project: B batch rows, S sequence, K crops per row, P patches per crop, p pixels along a
+patch, C vision width, T visual tokens per crop, D decoder width, H heads, N head width, V vocabulary, F feed-forward
+width, L layers, R LoRA rank.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ class Batch:
   positions      int32   [B, S]           rotary position, restarting at 0 in every sample
   visual_index   int32   [B, S]           -1: a text token; k: row k of this row's K*T visual tokens; -2 (NEWLINE):
                                           the token that ends a row of tiles
-  pixels         uint8   [B, K, H, W, 3]  crops as decoded and resized; normalised on the device
+  patches        uint8   [B, K, P, 3 p p] crops as decoded and resized, cut into patches: rows * columns of them row by
+                                          row, each its pixels row by row, colours last; normalised on the device
   grids          int32   [B, K, 2]        patches (rows, columns) of each crop; 0 0: an unused crop
   """
 
@@ -35,5 +36,5 @@ class Batch:
   segment_ids: Any
   positions: Any
   visual_index: Any
-  pixels: Any
+  patches: Any
   grids: Any

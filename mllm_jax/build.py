@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mllm_jax import parameters, places, sharding
 from mllm_jax.config import (
+  ANY_ASPECT,
   Config,
   ConfigError,
   DataConfig,
@@ -22,9 +23,11 @@ from mllm_jax.config import (
   MeshConfig,
   ModelConfig,
   ModelRecipe,
+  ProjectorConfig,
   from_dict,
 )
-from mllm_jax.data.chat import VOCABULARY_FILES, load_tokenizer
+from mllm_jax.data.aspects import Anyres, Aspect, Slices, Square
+from mllm_jax.data.chat import VOCABULARY_FILES, ChatTokenizer, load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm, abstract
@@ -35,6 +38,8 @@ from mllm_jax.weights.mapping import place
 from mllm_jax.weights.recognise import Found, Part, recognise
 from mllm_jax.weights.tensors import Cast, Chosen, InMemory, Joined
 
+IMAGE_ASPECTS = ("pad", "anyres", "slices")
+RELEASED_SEPARATORS = (29892, 13)  # "," and a newline in Llama's vocabulary
 STAGES = ("pretrain", "finetune")
 RUN_CONFIG = "config.json"  # in the folder of a training run
 FINISHED_MODEL = "model"  # where a run leaves its finished model
@@ -89,21 +94,44 @@ def tokenizer_folder(llm: str) -> str:
 
 
 def make_processor(model: ModelConfig, tokenizer: str, data: DataConfig) -> Processor:
-  """What turns this model's conversations and images into rows.
+  """What turns this model's conversations and images into rows. Raises ConfigError as `make_aspect`."""
+  loaded = load_tokenizer(tokenizer)
+  return Processor(loaded, make_aspect(model, loaded, data), data.template, data.max_length, data.max_images)
 
-  Raises ConfigError where images are tiled and the model has no token to end their rows with.
+
+def make_aspect(model: ModelConfig, tokenizer: ChatTokenizer, data: DataConfig) -> Aspect:
+  """How images become crops of this model's vision tower.
+
+  Raises ConfigError for an unknown data.image_aspect, or one that the projector cannot read.
   """
-  if data.image_aspect == "anyres" and not model.projector.image_newline:
-    raise ConfigError("data.image_aspect=anyres needs model.projector.image_newline=True")
-  return Processor(
-    load_tokenizer(tokenizer),
-    model.vision,
-    projectors.tokens_per_crop(model),
-    data.template,
-    data.max_length,
-    data.max_images,
-    data.image_aspect,
-  )
+  projector, tokens = model.projector, projectors.tokens_per_crop(model)
+  if data.image_aspect not in IMAGE_ASPECTS:
+    known = ", ".join(IMAGE_ASPECTS)
+    raise ConfigError(f"data.image_aspect={data.image_aspect!r} is unknown; known: {known}")
+  if data.image_aspect == "anyres":
+    if not projector.image_newline:
+      raise ConfigError("data.image_aspect=anyres needs model.projector.image_newline=True")
+    return Anyres(model.vision, tokens)
+  if data.image_aspect == "slices":
+    if not projector.any_aspect:
+      raise ConfigError(
+        f"data.image_aspect=slices needs a projector that takes images of any shape ({', '.join(ANY_ASPECT)}), and "
+        f"model.projector.kind is {projector.kind!r}"
+      )
+    if data.max_slices < 1:
+      raise ConfigError(f"data.max_slices={data.max_slices}: 1 takes the whole image only, 6 is the paper's")
+    separators = _separators(projector, tokenizer)
+    return Slices(model.vision, tokens, data.max_slices, projector.organisation, separators)
+  return Square(model.vision, tokens)
+
+
+def _separators(projector: ProjectorConfig, tokenizer: ChatTokenizer) -> tuple[int, int]:
+  """The tokens that end a slice and a row of slices."""
+  if projector.separators == "released":
+    return RELEASED_SEPARATORS
+  if projector.separators != "text":
+    raise ConfigError(f"projector.separators={projector.separators!r} is unknown; known: text, released")
+  return tokenizer.inside_id(","), tokenizer.inside_id("\n")
 
 
 def load_parameters(
@@ -318,8 +346,9 @@ def load(
       f"{path} holds no tokenizer; name the language model's folder (llm=...) or copy its tokenizer there"
     )
   model = put(stored, stored.config(dtype or ""), mesh, dtype)
-  tiled = model.config.projector.image_newline  # such a model was trained on tiles
-  aspect = "anyres" if tiled else "pad"
+  projector = model.config.projector
+  # A model that takes any shape, or has a token between rows of tiles, was trained so.
+  aspect = "slices" if projector.any_aspect else "anyres" if projector.image_newline else "pad"
   data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH, image_aspect=aspect)
   return model, make_processor(model.config, stored.tokenizer, data)
 

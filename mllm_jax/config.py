@@ -15,6 +15,7 @@ from typing import Any
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BATCHINGS = ("fixed", "group", "pack")
+ANY_ASPECT = ("hiwin", "uhd_v1", "mlp144")  # the projectors that take images of any shape
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Architectures must be hashable by value: they are static parts of compiled functions. They are not frozen only because
@@ -56,6 +57,11 @@ class VisionConfig:
   def grid(self) -> int:
     """Patches along one side; pixels at the right and the bottom that fill no patch belong to none."""
     return self.image_size // self.patch_size
+
+  @property
+  def patch_values(self) -> int:
+    """Numbers in a patch: its pixels by three colours."""
+    return 3 * self.patch_size**2
 
   @property
   def layers_used(self) -> int:
@@ -102,7 +108,8 @@ class LoraConfig:
 class ProjectorConfig:
   """From patch features to visual tokens.
 
-  kind: "spatial" (LLaVA-SP: spatial tokens, then patch tokens) or "mlp2x_gelu" (LLaVA-1.5: patch tokens only).
+  kind: "spatial" (LLaVA-SP: spatial tokens, then patch tokens) or "mlp2x_gelu" (LLaVA-1.5: patch tokens only); for
+    images of any shape "hiwin" (LLaVA-UHD v2), "uhd_v1" (the resampler of its predecessor) or "mlp144".
   maps: "cropping" (centre crops that grow to the whole map) or "pooling" (the whole map, pooled to growing sizes).
   stride: patches by which a crop grows on each side; the sizes are 2 stride, 4 stride, ... up to the grid
     (paper, table 4).
@@ -113,6 +120,18 @@ class ProjectorConfig:
   image_newline: a learned token that ends each row of a tiled image; data.image_aspect=anyres needs it.
   conv_init: "uniform" (+-1/sqrt(fan in), what the released code means to do) or "zeros" (what its construction inside
     transformers' fast initialisation really gives at full size).
+
+  Of LLaVA-UHD's:
+  pyramid: what makes maps finer than the tower's: "vdim", "bilinear", "deconv"; "none" has level 0 only.
+  levels: of the pyramid; level l has 2^l times the tower's cells along each side.
+  query_grid: windows, and tokens of a slice, along each side.
+  pooling: cells that a window is pooled to: "selective" by the image's shape (paper, eq. 3), "fixed" (3 x 3) or
+    "pyramid" (finer at finer levels).
+  head_width: of the attention inside a window.
+  organisation: how the tokens of slices are laid out: "spatial" (the paper: one map of all slices, a newline after
+    each of its rows) or "slices" (slice after slice, as the released v2 branch does).
+  separators: "text" (the vocabulary's own comma and newline) or "released" (Llama's ids for them, whatever the
+    vocabulary is, as the released code has it with Qwen2 too).
   """
 
   kind: str = "spatial"
@@ -124,6 +143,18 @@ class ProjectorConfig:
   head_bias: str = "released"
   conv_init: str = "uniform"
   image_newline: bool = False
+  pyramid: str = "vdim"
+  levels: tuple[int, ...] = (0, 2)
+  query_grid: int = 12
+  pooling: str = "selective"
+  head_width: int = 128
+  organisation: str = "spatial"
+  separators: str = "text"
+
+  @property
+  def any_aspect(self) -> bool:
+    """Whether it takes images of any grid, and not only the tower's square one."""
+    return self.kind in ANY_ASPECT
 
 
 @architecture
@@ -190,7 +221,8 @@ class DataConfig:
   template: str = "vicuna_v1"  # or "plain", "chatml", "chatml_released", "llava_llama_3", "jinja"
   max_length: int = 2048
   max_images: int = 1
-  image_aspect: str = "pad"  # to a square; or "anyres": LLaVA-1.6's tiles, up to five crops an image
+  image_aspect: str = "pad"  # to a square; "anyres": LLaVA-1.6's tiles, up to five crops; "slices": LLaVA-UHD's
+  max_slices: int = 6  # of "slices": an image is up to so many, and one crop more for the whole; 1: only the whole
   mix: tuple[tuple[str, str, str], ...] = ()
   on_bad_sample: str = "error"  # or "skip", "replace"
   max_bad_share: float = 0.01

@@ -205,7 +205,7 @@ def fixed_input(config: ModelConfig, vocabulary: int) -> Batch:
   """One row: a picture of noise, its visual tokens, and TEXT_TOKENS random ids below `vocabulary`; always the same."""
   draw = np.random.default_rng(0)
   visual = tokens_per_crop(config)
-  size, places_ = config.vision.image_size, visual + TEXT_TOKENS
+  vision, places_ = config.vision, visual + TEXT_TOKENS
   text = draw.integers(0, vocabulary, TEXT_TOKENS).astype(np.int32)
   row = lambda values, dtype=np.int32: np.asarray(values, dtype)[None]
   zeros = np.zeros(places_, np.int32)
@@ -216,8 +216,8 @@ def fixed_input(config: ModelConfig, vocabulary: int) -> Batch:
     segment_ids=row(zeros + 1),
     positions=row(np.arange(places_)),
     visual_index=row(np.concatenate([np.arange(visual), np.full(TEXT_TOKENS, -1)])),
-    pixels=draw.integers(0, 256, (1, 1, size, size, 3)).astype(np.uint8),
-    grids=np.full((1, 1, 2), config.vision.grid, np.int32),
+    patches=draw.integers(0, 256, (1, 1, vision.grid**2, vision.patch_values)).astype(np.uint8),
+    grids=np.full((1, 1, 2), vision.grid, np.int32),
   )
 
 

@@ -37,13 +37,13 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
 
 
 def abstract_batch(config, stage, rows: int) -> Batch:
-  places, size, crops = stage.data.max_length, config.vision.image_size, stage.data.max_images
+  places, vision, crops = stage.data.max_length, config.vision, stage.data.max_images
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct((stage.accumulation, rows, *dims), dtype)
   ids = {name: shape(jnp.int32, places) for name in ("tokens", "targets", "segment_ids", "positions", "visual_index")}
   return Batch(
     **ids,
     loss_weights=shape(jnp.float32, places),
-    pixels=shape(jnp.uint8, crops, size, size, 3),
+    patches=shape(jnp.uint8, crops, vision.grid**2, vision.patch_values),
     grids=shape(jnp.int32, crops, 2),
   )
 

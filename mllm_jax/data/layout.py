@@ -32,6 +32,7 @@ def expand(
   tokens_per_image: Sequence[int],
   max_length: int | None = None,
   table_rows: np.ndarray | None = None,
+  table_tokens: np.ndarray | None = None,
 ) -> RowArrays:
   """Puts each image's visual tokens in the place of its placeholder, then cuts the row to `max_length` places.
 
@@ -41,9 +42,9 @@ def expand(
     encoded: ids with a placeholder for each image, and which of them are trained on.
     tokens_per_image: visual tokens of each image, in the order of the placeholders.
     max_length: places kept; None keeps all.
-    table_rows: for all visual tokens in their order, which row of the row's visual-token table each one is, or
-      `batch.NEWLINE`;
-      None takes the table's rows in order.
+    table_rows: for all visual tokens in their order, which row of the row's visual-token table each one is,
+      `batch.NEWLINE`, or -1 where a token of the vocabulary stands between them; None takes the table's rows in order.
+    table_tokens: those tokens, 0 elsewhere; None where there are none.
 
   Returns:
     Arrays of length S = min(max_length, text + visual tokens), without padding.
@@ -65,6 +66,8 @@ def expand(
   trained_on = np.repeat(encoded.trained_on & ~is_image, repeats)[:max_length]
   visual_index = np.full(len(tokens), -1, np.int32)
   visual_index[is_visual] = table_rows[: is_visual.sum()]
+  if table_tokens is not None:
+    tokens[is_visual] = table_tokens[: is_visual.sum()]
 
   length = len(tokens)
   targets, loss_weights = np.zeros(length, np.int32), np.zeros(length, np.float32)

@@ -109,7 +109,7 @@ def fingerprint(records: Records, processor: Processor) -> str:
     len(records),
     processor.tokenizer.__reduce__()[1],
     processor.template,
-    processor.tokens_per_image,
+    processor.tokens_per_crop,
   ]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -9,8 +9,10 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.batch import Batch
-from mllm_jax.config import ConfigError, VisionConfig
-from mllm_jax.data import chat, images, layout, tiles
+from mllm_jax.config import VisionConfig
+from mllm_jax.data import chat, images, layout
+from mllm_jax.data.aspects import Aspect
+from mllm_jax.data.patches import patchify
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Sample, Turn
 
 
@@ -23,7 +25,7 @@ class Row(NamedTuple):
   segment_ids: np.ndarray
   positions: np.ndarray
   visual_index: np.ndarray
-  pixels: np.ndarray
+  patches: np.ndarray
   grids: np.ndarray
 
 
@@ -32,38 +34,39 @@ class Processor:
 
   Args:
     tokenizer: from `chat.load_tokenizer`.
-    vision: image size, patch grid and mean colour of the vision tower.
-    tokens_per_image: visual tokens the projector makes of one crop.
+    aspect: how images of any shape become crops for the vision tower.
     template: a name in `chat.TEMPLATES`.
     max_length: places in a training row.
-    max_images: crops a row has room for (K); an image is one crop, or up to `tiles.CROPS` with image_aspect "anyres".
-    image_aspect: "pad" makes an image a square, "anyres" tiles it.
+    max_images: crops a row has room for (K); an image takes one, or up to `aspect.most_crops`.
 
   Raises:
-    ConfigError: an unknown image_aspect.
     DataError: an unknown template, or one that needs special tokens which the tokenizer does not have.
   """
 
   def __init__(
     self,
     tokenizer: chat.ChatTokenizer,
-    vision: VisionConfig,
-    tokens_per_image: int,
+    aspect: Aspect,
     template: str,
     max_length: int,
     max_images: int,
-    image_aspect: str = "pad",
   ):
-    if image_aspect not in ("pad", "anyres"):
-      raise ConfigError(f"data.image_aspect={image_aspect!r} is unknown; known: pad, anyres")
     self.tokenizer = tokenizer
-    self.vision = vision
-    self.tokens_per_image = tokens_per_image
+    self.aspect = aspect
     self.template = template
     self.max_length = max_length
     self.max_images = max_images
-    self.image_aspect = image_aspect
     chat.end_id(template, tokenizer)  # raises where the two do not fit, before any sample is read
+
+  @property
+  def vision(self) -> VisionConfig:
+    """The vision tower that the crops are for."""
+    return self.aspect.vision
+
+  @property
+  def tokens_per_crop(self) -> int:
+    """T: visual tokens of one crop."""
+    return self.aspect.tokens_per_crop
 
   @property
   def end_id(self) -> int:
@@ -71,7 +74,7 @@ class Processor:
     return chat.end_id(self.template, self.tokenizer)
 
   def row(self, sample: Sample) -> Row:
-    """A training row of max_length places; a sample without images has black pixels and grids of 0.
+    """A training row of max_length places; a sample without images has black patches and grids of 0.
 
     Raises:
       DataError: the sample has a problem that `records.check` reports, an image cannot be decoded, or no trained-on
@@ -84,15 +87,15 @@ class Processor:
       places = self.places(encoded, [picture.size for picture in pictures], self.max_length)
       if not places.loss_weights.any():
         raise DataError(self._nothing_left(encoded, [picture.size for picture in pictures]))
-      pixels, grids = self._pixels(pictures)
+      patches, grids = self._patches(pictures)
     except DataError as error:
       raise DataError(f"{sample.name}: {error}") from error
-    return Row(*layout.pad(places, self.max_length), pixels, grids)
+    return Row(*layout.pad(places, self.max_length), patches, grids)
 
   def empty_row(self) -> Row:
     """A training row of padding alone, which stands where a sample is skipped."""
     nothing = layout.RowArrays(*(np.zeros(0, dtype) for dtype in layout.DTYPES))
-    return Row(*layout.pad(nothing, self.max_length), *self._pixels([]))
+    return Row(*layout.pad(nothing, self.max_length), *self._patches([]))
 
   def measure(self, sample: Sample) -> tuple[int, int]:
     """(places that the sample takes before anything is cut off, crops that it takes); no image is opened.
@@ -104,7 +107,7 @@ class Processor:
       encoded = chat.encode(sample.turns, self.template, self.tokenizer, len(sample.images), sample.system)
     except DataError as error:
       raise DataError(f"{sample.name}: {error}") from error
-    return len(encoded.ids) + len(sample.images) * (self.tokens_per_image - 1), len(sample.images)
+    return len(encoded.ids) + len(sample.images) * (self.tokens_per_crop - 1), len(sample.images)
 
   def packed_row(self, samples: Sequence[Sample], length: int) -> Row:
     """A training row of `length` places that samples share, each cut to max_length; without any, a row of padding.
@@ -114,7 +117,7 @@ class Processor:
       ValueError: they take more than `length` places.
     """
     rows = [self.with_room(len(sample.images)).row(sample) for sample in samples]
-    return join_rows(rows, length, self.max_images, self.tokens_per_image, self.vision.image_size)
+    return join_rows(rows, length, self.max_images, self.tokens_per_crop, self.vision)
 
   def prompt(
     self,
@@ -135,17 +138,17 @@ class Processor:
       DataError: placeholders and pictures do not match, too many pictures, or a prompt longer than max_length, which is
         never cut because its end is what asks for the answer.
     """
-    ids = chat.encode_prompt(turns, self.template, self.tokenizer, len(pictures), system)
-    self._check_room(len(pictures))
-    encoded = chat.Encoded(ids, np.zeros(len(ids), bool))
-    places = self.places(encoded, [picture.size for picture in pictures])
+    places = self._prompt_places(turns, [picture.size for picture in pictures], system)
     length = len(places.tokens) if max_length is None else max_length
     if len(places.tokens) > length:
       raise DataError(
         f"the prompt takes {len(places.tokens)} places and there are {length}; shorten it or raise max_length"
       )
-    pixels, grids = self._pixels([images.to_rgb(picture) for picture in pictures])
-    return Row(*layout.pad(places, length), pixels, grids)
+    return Row(*layout.pad(places, length), *self._patches([images.to_rgb(picture) for picture in pictures]))
+
+  def prompt_length(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], system: str | None = None) -> int:
+    """How many places `prompt` takes with pictures of these (widths, heights). Raises DataError as that."""
+    return len(self._prompt_places(turns, sizes, system).tokens)
 
   def __call__(
     self, conversations: Sequence, images: Sequence[Sequence] | None = None, max_length: int | None = None
@@ -180,30 +183,31 @@ class Processor:
   def with_room(self, n_images: int) -> "Processor":
     """The same processor for rows with as many crops as any `n_images` pictures need, at least one."""
     roomy = copy.copy(self)
-    roomy.max_images = max(1, n_images * (tiles.CROPS if self.image_aspect == "anyres" else 1))
+    roomy.max_images = max(1, n_images * self.aspect.most_crops)
     return roomy
 
   def image_cost(self, width: int, height: int) -> tuple[int, int]:
-    """(crops, visual tokens) of an image of this size."""
-    if self.image_aspect == "pad":
-      return 1, self.tokens_per_image
-    return tiles.crops_of(width, height, self.vision), len(self._table_rows(width, height))
+    """(crops, places) of an image of this size."""
+    return self.aspect.crops_of(width, height), self.aspect.places_of(width, height)
 
   def places(
     self, encoded: chat.Encoded, sizes: Sequence[tuple[int, int]], max_length: int | None = None
   ) -> layout.RowArrays:
     """A conversation with its images, of these (widths, heights), cut to max_length places; without padding."""
-    if self.image_aspect == "pad":
-      return layout.expand(encoded, [self.tokens_per_image] * len(sizes), max_length)
-    rows, start = [np.zeros(0, np.int32)], 0
+    rows, tokens, start = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], 0
     for size in sizes:
-      table = self._table_rows(*size)
-      rows.append(np.where(table >= 0, table + np.int32(start), table))
-      start += tiles.crops_of(*size, self.vision) * self.tokens_per_image
-    return layout.expand(encoded, [len(table) for table in rows[1:]], max_length, np.concatenate(rows))
+      places = self.aspect.places(*size)
+      rows.append(np.where(places.rows >= 0, places.rows + np.int32(start), places.rows))
+      tokens.append(places.tokens)
+      start += self.aspect.crops_of(*size) * self.tokens_per_crop
+    lengths = [len(table) for table in rows[1:]]
+    return layout.expand(encoded, lengths, max_length, np.concatenate(rows), np.concatenate(tokens))
 
-  def _table_rows(self, width: int, height: int) -> np.ndarray:
-    return tiles.table_rows(width, height, self.vision, self.tokens_per_image)
+  def _prompt_places(
+    self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], system: str | None
+  ) -> layout.RowArrays:
+    ids = chat.encode_prompt(turns, self.template, self.tokenizer, len(sizes), system)
+    return self.places(chat.Encoded(ids, np.zeros(len(ids), bool)), sizes)
 
   def _conversation(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], max_length: int | None) -> Row:
     """A prompt, or a training row, as long as it is."""
@@ -213,25 +217,24 @@ class Processor:
     places = self.places(encoded, [picture.size for picture in pictures])
     if max_length is not None and len(places.tokens) > max_length:
       raise DataError(f"it takes {len(places.tokens)} places and there are {max_length}; raise max_length")
-    return Row(*places, *self._pixels([images.to_rgb(picture) for picture in pictures]))
+    return Row(*places, *self._patches([images.to_rgb(picture) for picture in pictures]))
 
-  def _check_room(self, crops: int, kind: str = "images") -> None:
+  def _check_room(self, crops: int) -> None:
     if crops > self.max_images:
+      kind = "images" if self.aspect.most_crops == 1 else "crops"
       raise DataError(f"{crops} {kind}, and a row has room for {self.max_images}; raise data.max_images")
 
-  def _pixels(self, pictures: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [K, H, W, 3] and int32 [K, 2]; what no picture uses stays 0."""
-    size = self.vision.image_size
-    pixels = np.zeros((self.max_images, size, size, 3), np.uint8)
-    grids = np.zeros((self.max_images, 2), np.int32)
-    if self.image_aspect == "anyres":
-      crops = [crop for picture in pictures for crop in tiles.crop(picture, self.vision)]
-      self._check_room(len(crops), "crops")
-    else:
-      crops = [images.preprocess(picture, self.vision) for picture in pictures]
-    for k, crop in enumerate(crops):
-      pixels[k], grids[k] = crop, self.vision.grid
-    return pixels, grids
+  def _patches(self, pictures: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [K, P, 3 p p] and int32 [K, 2]; what no picture uses stays 0."""
+    self._check_room(sum(self.aspect.crops_of(*picture.size) for picture in pictures))
+    patches, grids = empty_patches(self.max_images, self.vision)
+    side, k = self.vision.patch_size, 0
+    for picture in pictures:
+      for crop in self.aspect.crops(picture):
+        cut = patchify(crop, side)
+        patches[k, : len(cut)], grids[k] = cut, (crop.shape[0] // side, crop.shape[1] // side)
+        k += 1
+    return patches, grids
 
   def _nothing_left(self, encoded: chat.Encoded, sizes: Sequence[tuple[int, int]]) -> str:
     if not encoded.trained_on.any():
@@ -281,10 +284,10 @@ def as_picture(picture: str | os.PathLike | Image.Image) -> Image.Image:
 def pad_row(row: Row, length: int) -> Row:
   """A row with padding on the right up to `length` places."""
   places = layout.RowArrays(*row[: len(layout.RowArrays._fields)])
-  return Row(*layout.pad(places, length), row.pixels, row.grids)
+  return Row(*layout.pad(places, length), row.patches, row.grids)
 
 
-def join_rows(rows: Sequence[Row], length: int, max_images: int, tokens_per_crop: int, image_size: int) -> Row:
+def join_rows(rows: Sequence[Row], length: int, max_images: int, tokens_per_crop: int, vision: VisionConfig) -> Row:
   """Puts rows of one sample each behind one another, without their padding, as segments 1, 2, ... of one row.
 
   Positions restart in every segment; crops stand in the order of the samples, and visual_index counts on through their
@@ -294,20 +297,25 @@ def join_rows(rows: Sequence[Row], length: int, max_images: int, tokens_per_crop
     DataError: the crops are more than max_images.
     ValueError: the rows take more than `length` places.
   """
-  pixels, grids = np.zeros((max_images, image_size, image_size, 3), np.uint8), np.zeros((max_images, 2), np.int32)
+  patches, grids = empty_patches(max_images, vision)
   parts, crops = [[] for _ in layout.RowArrays._fields], 0
   for segment, row in enumerate(rows, start=1):
     used = int(row.grids.any(axis=1).sum())
     if crops + used > max_images:
       raise DataError(f"{crops + used} images, and a row has room for {max_images}; raise data.max_images")
-    pixels[crops : crops + used], grids[crops : crops + used] = row.pixels[:used], row.grids[:used]
+    patches[crops : crops + used], grids[crops : crops + used] = row.patches[:used], row.grids[:used]
     places = layout.take_segment(layout.RowArrays(*row[: len(parts)]), segment, crops * tokens_per_crop)
     for part, values in zip(parts, places, strict=True):
       part.append(values)
     crops += used
   joined = [np.concatenate(part) if part else np.zeros(0, np.int32) for part in parts]
   joined = layout.RowArrays(*joined)._replace(loss_weights=joined[2].astype(np.float32))
-  return Row(*layout.pad(joined, length), pixels, grids)
+  return Row(*layout.pad(joined, length), patches, grids)
+
+
+def empty_patches(crops: int, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+  """The patches uint8 [crops, P, 3 p p] and grids int32 [crops, 2] of no picture at all."""
+  return np.zeros((crops, vision.grid**2, vision.patch_values), np.uint8), np.zeros((crops, 2), np.int32)
 
 
 def collate(rows: Iterable[Row]) -> Batch:

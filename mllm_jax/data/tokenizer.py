@@ -112,6 +112,15 @@ class ChatTokenizer:
       )
     return ids[0]
 
+  def inside_id(self, text: str) -> int:
+    """The id of a text that is one token where it follows other text, without a space before it. Raises DataError where
+    it is several."""
+    for before in "a0)":  # a vocabulary may have one of these joined with the text as a token of its own
+      start, ids = self._ids(before), self._ids(before + text)
+      if ids[:-1] == start:
+        return ids[-1]
+    raise DataError(f"{text!r} is no token of its own in this tokenizer, and one is needed to stand between images")
+
   def encode_chunk(self, pieces: Sequence[Piece]) -> Encoded:
     """Tokenizes pieces, without images among them, as one text; no beginning-of-sequence token is added.
 

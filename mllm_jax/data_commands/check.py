@@ -164,11 +164,11 @@ def _measure(sample: Sample, maker: Processor, add) -> None:
   except DataError as error:
     add("template", True, str(error))
     return
-  places = layout.expand(encoded, [maker.tokens_per_image] * n_images)
+  places = layout.expand(encoded, [maker.tokens_per_crop] * n_images)
   if len(places.tokens) <= maker.max_length:
     return
   text = f"takes {len(places.tokens)} places of max_length={maker.max_length}"
-  if layout.expand(encoded, [maker.tokens_per_image] * n_images, maker.max_length).loss_weights.any():
+  if layout.expand(encoded, [maker.tokens_per_crop] * n_images, maker.max_length).loss_weights.any():
     add("truncated", False, f"{text}; what is beyond is cut")
   else:
     add("nothing to train on", True, f"{text}, and no answer is left; raise data.max_length or take the sample out")

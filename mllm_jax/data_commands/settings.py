@@ -7,6 +7,7 @@ import os
 from mllm_jax import preflight
 from mllm_jax.command_line import parse
 from mllm_jax.config import ConfigError, DataConfig, VisionConfig
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.chat import load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import Records
@@ -86,4 +87,6 @@ def processor(args: argparse.Namespace, settings: DataSettings) -> Processor | N
     return build.make_processor(model, build.tokenizer_folder(settings.recipe.model.llm), settings.data)
   data = settings.data
   tokenizer = load_tokenizer(args.llm)
-  return Processor(tokenizer, VisionConfig(), args.tokens_per_image, data.template, data.max_length, data.max_images)
+  return Processor(
+    tokenizer, Square(VisionConfig(), args.tokens_per_image), data.template, data.max_length, data.max_images
+  )

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
       "template": data.template,
       "tokenizer": llm,
       "places": f"{data.max_length:,}",
-      "images": f"{model.vision.image_size} pixels, {data.image_aspect}, {processor.tokens_per_image} tokens each crop",
+      "images": f"{model.vision.image_size} pixels, {data.image_aspect}, {processor.tokens_per_crop} tokens each crop",
     }
     Path(args.out).write_text(
       show_page.page(title, facts, records, chosen, processor, bool(args.config)), encoding="utf-8"

@@ -1,6 +1,7 @@
 """The page of `show`: HTML without scripts and without anything from elsewhere."""
 
 import base64
+import collections
 import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.batch import NEWLINE
-from mllm_jax.data import chat, images, tiles
+from mllm_jax.data import chat, images
 from mllm_jax.data.layout import RowArrays
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Sample
@@ -160,18 +161,17 @@ def _tokens(places: RowArrays, processor: Processor) -> Iterator[str]:
 
 def _picture(picture: Image.Image, path: str, processor: Processor) -> str:
   """The crops of a picture as the tower gets them, a tiled one's in their grid."""
-  tiled = processor.image_aspect == "anyres"
-  crops = tiles.crop(picture, processor.vision) if tiled else images.preprocess(picture, processor.vision)[None]
-  width, height = picture.size
-  grid = ""
-  if tiled:
-    columns, rows = tiles.best_grid(width, height, processor.vision.image_size)
-    pieces = "".join(f"<img src='{_data_uri(crop)}' alt=''>" for crop in crops[1:])
+  aspect, (width, height) = processor.aspect, picture.size
+  crops = aspect.crops(picture)
+  shapes = collections.Counter(crop.shape[1::-1] for crop in crops)
+  whole, grid = crops.pop(aspect.whole), ""
+  if crops:
+    pieces = "".join(f"<img src='{_data_uri(crop)}' alt=''>" for crop in crops)
+    columns, _ = aspect.tiling(width, height)
     grid = f"<div class='grid' style='grid-template-columns:repeat({columns},1fr)'>{pieces}</div>"
-  crop_count, tokens = processor.image_cost(width, height)
-  size = processor.vision.image_size
-  caption = f"{width} &times; {height} &rarr; {crop_count} &times; {size} &times; {size}, {tokens:,} tokens"
-  whole = f"<img src='{_data_uri(crops[0])}' alt='{escape(path)}'>"
+  made = " + ".join(f"{count} &times; {w} &times; {h}" for (w, h), count in shapes.items())
+  caption = f"{width} &times; {height} &rarr; {made}, {processor.image_cost(width, height)[1]:,} tokens"
+  whole = f"<img src='{_data_uri(whole)}' alt='{escape(path)}'>"
   return f"<figure>{whole}{grid}<figcaption><code>{escape(path)}</code><br>{caption}</figcaption></figure>"
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mllm_jax.config import ConfigError, DataConfig, StageConfig, VisionConfig
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.grouping import released_order
 from mllm_jax.data.lengths import LengthTable, measure
 from mllm_jax.data.order import FixedOrder, GroupedOrder, PackedOrder
@@ -115,7 +116,7 @@ def _settings(args: argparse.Namespace) -> tuple[StageConfig, Processor | None]:
   data = stage.data
   tokens = args.tokens_per_image or SP_TOKENS
   tokenizer = load_tokenizer(args.llm)
-  return stage, Processor(tokenizer, VisionConfig(), tokens, data.template, data.max_length, data.max_images)
+  return stage, Processor(tokenizer, Square(VisionConfig(), tokens), data.template, data.max_length, data.max_images)
 
 
 def _measured(records: Records, processor: Processor) -> LengthTable:

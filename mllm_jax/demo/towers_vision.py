@@ -21,6 +21,7 @@ from flax import nnx
 from PIL import Image
 
 from mllm_jax.config import VisionConfig
+from mllm_jax.data.patches import patchify
 from mllm_jax.demo import scenes
 from mllm_jax.models.layers import LayerNorm
 from mllm_jax.models.vision import VisionLayer, VisionTower
@@ -60,11 +61,16 @@ def distorted_glyph(rng: np.random.Generator, scan: int, size: int) -> np.ndarra
 
 
 def make_batch(rng: np.random.Generator, size: int, jitter: int, full_share: float) -> tuple[np.ndarray, np.ndarray]:
-  """Pictures uint8 [B, 112, 112, 3] and the words of each patch [B, 64, words]. `full_share`: with nine digits."""
+  """Pictures uint8 [B, 64, 588] and the words of each patch [B, 64, words]. `full_share`: with nine digits."""
   batch = [scenes.sample_scene(rng, scenes.load_digits().train_indices, jitter=jitter,
                                count=9 if rng.random() < full_share else None) for _ in range(size)]
   glyphs = functools.partial(distorted_glyph, rng)
-  return np.stack([scenes.render(scene, glyphs) for scene in batch]), np.stack([words_of(scene) for scene in batch])
+  return patches_of(batch, glyphs), np.stack([words_of(scene) for scene in batch])
+
+
+def patches_of(batch: list[scenes.Scene], *glyphs) -> np.ndarray:
+  """uint8 [B, 64, 588]: the scenes as the tower takes them."""
+  return patchify(np.stack([scenes.render(scene, *glyphs) for scene in batch]), CONFIG.patch_size)
 
 
 class PhraseHead(nnx.Module):
@@ -117,15 +123,15 @@ def widen(module: nnx.Module) -> nnx.Module:
 
 
 def fit(loss, trainable, frozen, schedule, steps, make, log, name):
-  """Minimises loss(trainable, frozen, pictures, words) -> (loss, accuracy) with AdamW; returns what was trained."""
+  """Minimises loss(trainable, frozen, patches, words) -> (loss, accuracy) with AdamW; returns what was trained."""
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.02))
   graph, params = nnx.split(trainable)
   opt_state = optimizer.init(params)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def update(params, opt_state, frozen, pictures, words):
+  def update(params, opt_state, frozen, patches, words):
     (value, accuracy), grads = jax.value_and_grad(
-        lambda p: loss(nnx.merge(graph, p), frozen, pictures, words), has_aux=True)(params)
+        lambda p: loss(nnx.merge(graph, p), frozen, patches, words), has_aux=True)(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value, accuracy
 
@@ -150,9 +156,9 @@ def train_lower(steps: int, batch_size: int = 64, seed: int = 0, log=print) -> V
   lower = widen(VisionTower(CONFIG, dtype="float32", rngs=rngs))
   model = nnx.List([lower, PhraseHead(CONFIG.width, rngs)])
 
-  def loss(model, frozen, pictures, words):
+  def loss(model, frozen, patches, words):
     del frozen
-    return contrast(model[1](model[0](model[0].normalise(pictures))), words)
+    return contrast(model[1](model[0](model[0].normalise(patches))), words)
 
   def make(step):
     done = step / steps
@@ -170,8 +176,8 @@ def settle(tower: VisionTower, size: float = 0.25, seed: int = 2) -> VisionTower
   reads, so that scaling all that is written to the residual stream scales the stream and changes nothing else; the last
   bias shifts it.
   """
-  pictures, words = make_batch(np.random.default_rng(seed), 300, scenes.JITTER, 0.0)
-  features = np.asarray(tower(tower.normalise(jnp.asarray(pictures))))
+  patches, words = make_batch(np.random.default_rng(seed), 300, scenes.JITTER, 0.0)
+  features = np.asarray(tower(tower.normalise(jnp.asarray(patches))))
   is_object = words[..., word_slices()[-1]].sum(-1) == 0
   middle = (features[is_object].mean(0) + features[~is_object].mean(0)) / 2
   settled = nnx.clone(tower)
@@ -188,8 +194,8 @@ def train_last(lower: VisionTower, steps: int, batch_size: int = 64, seed: int =
   rng, rngs = np.random.default_rng(seed), nnx.Rngs(seed)
   model = nnx.List([widen(LastLayer(CONFIG, rngs)), PhraseHead(CONFIG.width, rngs)])
 
-  def loss(model, frozen, pictures, words):
-    return contrast(model[1](model[0](frozen(frozen.normalise(pictures)))), words)
+  def loss(model, frozen, patches, words):
+    return contrast(model[1](model[0](frozen(frozen.normalise(patches)))), words)
 
   make = lambda _: make_batch(rng, batch_size, scenes.JITTER, 0.0)
   return fit(loss, model, lower, optax.cosine_decay_schedule(1e-3, steps), steps, make, log, "last layer")[0]
@@ -212,7 +218,7 @@ def probe(tower: VisionTower, pictures: int = 600, seed: int = 1) -> Probe:
 
   def examples(scans):
     batch = [scenes.sample_scene(rng, scans) for _ in range(pictures)]
-    features = np.concatenate([np.asarray(run(tower, np.stack([scenes.render(s) for s in batch[i:i + 50]])))
+    features = np.concatenate([np.asarray(run(tower, patches_of(batch[i:i + 50])))
                                for i in range(0, pictures, 50)])
     where = [(i, thing) for i, scene in enumerate(batch) for thing in scene.objects]
     at = features[[i for i, _ in where], [thing.patch for _, thing in where]]

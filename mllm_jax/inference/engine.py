@@ -107,7 +107,7 @@ def prefill(model: Mllm, batch: Batch, slots: int, mesh: Mesh | None = None) -> 
   # The batch says position 0 for padding, which would overwrite the first token's slot. Counted on instead, padding
   # lies in the slots after the prompt: no prompt token sees them, and a new token overwrites its own.
   positions = jnp.broadcast_to(jnp.arange(places), (rows, places))
-  embeddings = model.embed(batch.tokens, batch.visual_index, model.visual_tokens(batch.pixels))
+  embeddings = model.embed(batch.tokens, batch.visual_index, model.visual_tokens(batch.patches, batch.grids))
   hidden, cache = decoder.extend(embeddings, positions, cache)
   last = jnp.take_along_axis(hidden, (_lengths(batch) - 1)[:, None, None], axis=1)[:, 0]
   return decoder.logits(last), cache

@@ -1,6 +1,7 @@
 """Evaluation: a held-out LLaVA file is asked question by question, and the answers are compared with the file's."""
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -117,14 +118,14 @@ def exact_match(
   questions = list_questions(records)
   rounds = [False, True] if blank else [False]
   total = len(questions) * len(rounds)
-  plain = _plain_picture(processor)
-  length = max(len(_prompt(processor, question, [plain] * len(question.images)).tokens) for question in questions)
+  sizes = {path: images.load(path).size for path in {path for question in questions for path in question.images}}
+  length = max(_length(processor, question, [sizes[path] for path in question.images]) for question in questions)
 
   answers = []
   for blanked in rounds:
     for start in range(0, len(questions), batch_size):
       chunk = questions[start : start + batch_size]
-      rows = _rows(processor, chunk, length, plain if blanked else None)
+      rows = _rows(processor, chunk, length, blanked)
       batch = collate(rows + rows[-1:] * (batch_size - len(rows)))
       ids = engine.generate(batch, max_new_tokens)
       answers += [processor.tokenizer.decode(answer) for answer in ids[: len(chunk)]]
@@ -151,24 +152,35 @@ def list_questions(records: Records) -> list[Question]:
   return questions
 
 
-def _rows(processor: Processor, questions: Sequence[Question], length: int, plain: Image.Image | None) -> list:
-  """The questions' rows. A picture with several questions is decoded once in a batch; with `plain` none is."""
-  pictures: dict[str, Image.Image] = {}
-  for path in {path for question in questions for path in question.images}:
-    # Already square and of the tower's size, so preparing it again for each question copies it and no more.
-    pictures[path] = Image.fromarray(images.preprocess(images.load(path), processor.vision)) if plain is None else plain
-  return [_prompt(processor, question, [pictures[path] for path in question.images], length) for question in questions]
+def _rows(processor: Processor, questions: Sequence[Question], length: int, blanked: bool) -> list:
+  """The questions' rows. A picture with several questions is decoded once in a batch. Blanked, it has one colour
+  everywhere: the mean that the tower subtracts, as in the padding around pictures that are not square."""
+  pictures = {path: images.load(path) for path in {path for question in questions for path in question.images}}
+  if blanked:
+    colour = tuple(int(255 * mean) for mean in processor.vision.mean)
+    pictures = {path: Image.new("RGB", picture.size, colour) for path, picture in pictures.items()}
+  rows = []
+  for question in questions:
+    with _naming(question):
+      turns = _turns(question)
+      rows.append(processor.prompt(turns, [pictures[path] for path in question.images], length, question.system))
+  return rows
 
 
-def _prompt(processor: Processor, question: Question, pictures: Sequence[Image.Image], length: int | None = None):
-  text = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + question.text
+def _length(processor: Processor, question: Question, sizes: Sequence[tuple[int, int]]) -> int:
+  """Places of a question's prompt, with pictures of these sizes."""
+  with _naming(question):
+    return processor.prompt_length(_turns(question), sizes, question.system)
+
+
+def _turns(question: Question) -> list[Turn]:
+  return [Turn("human", f"{IMAGE_PLACEHOLDER}\n" * len(question.images) + question.text)]
+
+
+@contextlib.contextmanager
+def _naming(question: Question):
+  """DataError inside names the question."""
   try:
-    return processor.prompt([Turn("human", text)], pictures, length, question.system)
+    yield
   except DataError as error:
     raise DataError(f"sample {question.sample_id!r}, question {question.text!r}: {error}") from error
-
-
-def _plain_picture(processor: Processor) -> Image.Image:
-  """One colour everywhere: the mean that the tower subtracts, as in the padding around pictures that are not square."""
-  size = processor.vision.image_size
-  return Image.new("RGB", (size, size), tuple(int(255 * mean) for mean in processor.vision.mean))

@@ -16,16 +16,17 @@ class Mllm(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.vision = VisionTower(config.vision, dtype=config.dtype, rngs=rngs)
+    any_aspect = config.projector.any_aspect
+    self.vision = VisionTower(config.vision, any_aspect=any_aspect, dtype=config.dtype, rngs=rngs)
     self.projector = projectors.make(config, rngs)
     self.decoder = Decoder(config.decoder, config.lora, dtype=config.dtype, remat=config.remat, rngs=rngs)
 
-  def visual_tokens(self, pixels: jax.Array) -> jax.Array:
-    """uint8 crops [B, K, H, W, 3] -> visual tokens [B, K*T, D]; all crops in one pass of the tower."""
-    rows, crops = pixels.shape[:2]
-    images = self.vision.normalise(pixels).reshape(rows * crops, *pixels.shape[2:])
-    tokens = self.projector(self.vision(images))
-    return tokens.reshape(rows, -1, tokens.shape[-1])
+  def visual_tokens(self, patches: jax.Array, grids: jax.Array) -> jax.Array:
+    """uint8 patches of crops [B, K, P, 3 p p], their grids [B, K, 2] -> visual tokens [B, K*T, D]; all crops in one
+    pass of the tower."""
+    images = self.vision.normalise(patches)
+    tokens = self.projector(self.vision(images, grids), images, grids)
+    return tokens.reshape(len(tokens), -1, tokens.shape[-1])
 
   def embed(self, tokens: jax.Array, visual_index: jax.Array, visual_tokens: jax.Array) -> jax.Array:
     """The decoder's input [B, S, D]: token embeddings, row `visual_index` of the visual tokens where it is one, and the
@@ -40,7 +41,7 @@ class Mllm(nnx.Module):
 
   def hidden(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
     """Normed hidden states [B, S, D] of a batch. With a key the adapters' dropout is active."""
-    embeddings = self.embed(batch.tokens, batch.visual_index, self.visual_tokens(batch.pixels))
+    embeddings = self.embed(batch.tokens, batch.visual_index, self.visual_tokens(batch.patches, batch.grids))
     return self.decoder(embeddings, batch.positions, batch.segment_ids, dropout_key)
 
   def logits(self, batch: Batch) -> jax.Array:

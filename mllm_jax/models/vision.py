@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.config import ConfigError, VisionConfig
+from mllm_jax.models import flat
 from mllm_jax.models.attention import attention
 from mllm_jax.models.layers import LayerNorm, Linear, normal, stack
 
@@ -31,11 +32,11 @@ class VisionLayer(nnx.Module):
     self.fc1 = Linear(config.width, config.mlp_width, bias=True, rngs=rngs)
     self.fc2 = Linear(config.mlp_width, config.width, bias=True, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """x [B, P, C] -> [B, P, C]."""
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """x [N, P, C] -> [N, P, C]; mask bool [N, 1, 1, P]: which patches may be seen, None: all."""
     h = self.norm1(x)
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
-    attended = attention(split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h)))
+    attended = attention(split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h)), mask)
     x = x + self.out_proj(attended.reshape(x.shape))
     return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
 
@@ -45,44 +46,70 @@ class VisionTower(nnx.Module):
 
   Only the layers that are used exist: with the released select_layer -2 the last layer and the post-norm are neither
   computed nor stored.
+
+  any_aspect: images of any grid of at most `config.grid` ** 2 patches, as LLaVA-UHD has them (Guo et al. 2024, section
+  3.2): the table of positions is resized bicubically to each image's grid, and padding is masked. Otherwise every image
+  has the grid that the tower was trained on.
   """
 
-  def __init__(self, config: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+  def __init__(self, config: VisionConfig, *, any_aspect: bool = False, dtype: str, rngs: nnx.Rngs):
     if not 1 <= config.patch_size <= config.image_size:
       raise ConfigError(f"vision.image_size={config.image_size} has no room for a patch of {config.patch_size} pixels")
     if config.activation not in ACTIVATIONS:
       raise ConfigError(f"vision.activation={config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     self.config = config
+    self.any_aspect = any_aspect
     self.dtype = jnp.dtype(dtype)
     embedding = normal(0.02)
-    self.patch_embedding = Linear(config.patch_size**2 * 3, config.width, bias=config.patch_bias, rngs=rngs)
+    self.patch_embedding = Linear(config.patch_values, config.width, bias=config.patch_bias, rngs=rngs)
     self.class_embedding = nnx.Param(embedding(rngs.params(), (config.width,))) if config.class_token else None
     places = config.grid**2 + config.class_token
     self.position_embedding = nnx.Param(embedding(rngs.params(), (places, config.width)))
     self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs) if config.pre_norm else None
     self.layers = stack(lambda rngs: VisionLayer(config, rngs=rngs), config.layers_used, rngs)
 
-  def normalise(self, pixels: jax.Array) -> jax.Array:
-    """uint8 [..., H, W, 3] -> float32 of the same shape: (pixels / 255 - mean) / std by colour."""
+  def normalise(self, patches: jax.Array) -> jax.Array:
+    """uint8 [..., 3 p p] -> float32 of the same shape: (pixels / 255 - mean) / std by colour."""
     mean, std = jnp.asarray(self.config.mean, jnp.float32), jnp.asarray(self.config.std, jnp.float32)
-    return (pixels.astype(jnp.float32) / 255 - mean) / std
+    pixels = patches.reshape(*patches.shape[:-1], -1, 3).astype(jnp.float32) / 255
+    return ((pixels - mean) / std).reshape(patches.shape)
 
   @jax.named_scope("vision")
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Normalised images, float [B, H, W, 3] -> patch features [B, P, C], row-major over the grid.
+  def __call__(self, patches: jax.Array, grids: jax.Array | None = None) -> jax.Array:
+    """Normalised patches, float [..., P, 3 p p] -> patch features [..., P, C], row by row over each grid.
 
-    Rows and columns of pixels that fill no patch are dropped at the bottom and the right, as by a convolution without
-    padding (SigLIP-so400m's 384 pixels are 27 patches of 14 and 6 pixels).
+    grids: int32 [..., 2], with any_aspect; features beyond a grid's end are of no use.
     """
-    config, grid, side = self.config, self.config.grid, self.config.patch_size
-    images = images[:, : grid * side, : grid * side]
-    patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side**2 * 3)
+    config, axes = self.config, patches.shape[:-1]
+    patches = patches.reshape(-1, *patches.shape[-2:])
     x = self.patch_embedding(patches.astype(self.dtype))
-    if self.class_embedding is not None:
+    before = int(config.class_token)
+    if config.class_token:
       class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, config.width))
       x = jnp.concatenate([class_token, x], axis=1)
-    x = x + self.position_embedding[...].astype(self.dtype)
+    if self.any_aspect:
+      positions, valid = self._positions(grids.reshape(-1, 2), patches.shape[1])
+      x = x + positions.astype(self.dtype)
+      # An unused crop would see nothing at all without a class token.
+      seen = valid | (jnp.arange(x.shape[1]) == 0)
+      mask = seen[:, None, None]
+    else:
+      x, mask = x + self.position_embedding[...].astype(self.dtype), None
     if self.pre_norm is not None:
       x = self.pre_norm(x)
-    x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
-    return x[:, 1:] if self.class_embedding is not None else x
+    x, _ = jax.lax.scan(lambda x, layer: (layer(x, mask), None), x, self.layers)
+    return x[:, before:].reshape(*axes, config.width)
+
+  def _positions(self, grids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """The table of positions resized to each grid, float32 [N, places, C], and which places are an image's [N, places];
+    a class token's place is the first."""
+    table, side = self.position_embedding[...].astype(jnp.float32), self.config.grid
+    before = int(self.config.class_token)
+    row, column, valid = flat.coordinates(grids, length)
+    rows = flat.bicubic_matrix(row, grids[:, :1], side, side)
+    columns = flat.bicubic_matrix(column, grids[:, 1:], side, side)
+    weights = (rows[..., :, None] * columns[..., None, :]).reshape(*row.shape, side**2)
+    patches = jnp.einsum("nij,jc->nic", weights, table[before:], preferred_element_type=jnp.float32)
+    first = jnp.broadcast_to(table[:before], (len(grids), before, table.shape[-1]))
+    valid = jnp.concatenate([jnp.ones((len(grids), before), bool), valid], axis=1)
+    return jnp.concatenate([first, patches], axis=1), valid

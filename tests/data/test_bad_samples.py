@@ -9,6 +9,7 @@ import pytest
 
 from mllm_jax.config import ConfigError, VisionConfig
 from mllm_jax.data import bad_samples
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.bad_samples import BadSamples, make
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor, Row
@@ -31,7 +32,7 @@ def records(write_data):
 
 @pytest.fixture
 def processor(tokenizers):
-  return Processor(tokenizers[False], VisionConfig(image_size=28), 3, "vicuna_v1", 90, 1)
+  return Processor(tokenizers[False], Square(VisionConfig(image_size=28), 3), "vicuna_v1", 90, 1)
 
 
 def batches_of(records, processor, policy, **options):

@@ -12,6 +12,7 @@ import pytest
 
 from mllm_jax.config import ConfigError, DataConfig, VisionConfig, check_batching
 from mllm_jax.data import lengths
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor, Row
 from mllm_jax.data.records import DataError, Records
@@ -38,7 +39,7 @@ def records(write_data):
 
 @pytest.fixture
 def processor(tokenizers):
-  return Processor(tokenizers[False], VisionConfig(image_size=28), T, "vicuna_v1", 230, 3)
+  return Processor(tokenizers[False], Square(VisionConfig(image_size=28), T), "vicuna_v1", 230, 3)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_lengths_are_measured_anew_only_where_the_data_changed(tmp_path, records
   for _ in range(2):
     np.testing.assert_array_equal(ask(processor).places, table.places)
   assert sum(measured) == N
-  more = Processor(tokenizers[False], processor.vision, T + 1, "vicuna_v1", 230, 3)
+  more = Processor(tokenizers[False], Square(processor.vision, T + 1), "vicuna_v1", 230, 3)
   np.testing.assert_array_equal(ask(more).places, table.places + table.images)
   assert sum(measured) == 2 * N
   os.utime(records.source, ns=(1, 1))
@@ -162,7 +163,7 @@ def test_a_grouped_step_is_of_one_modality_and_as_long_as_it_needs_to_be(records
         expected, length = by_id[next(names)], len(found.tokens)
         for field in Row._fields[:6]:
           np.testing.assert_array_equal(getattr(found, field), getattr(expected, field)[:length])
-        np.testing.assert_array_equal(found.pixels, expected.pixels)
+        np.testing.assert_array_equal(found.patches, expected.patches)
   assert len(shapes) > 1
 
 
@@ -173,7 +174,7 @@ def test_a_packed_row_holds_its_samples_one_behind_the_other(records, processor,
   by_id = {sample.id: processor.row(sample) for sample in records}
   several = 0
   for step, (ids, batch) in enumerate(batches):
-    assert batch.tokens.shape == (1, 2, 460) and batch.pixels.shape == (1, 2, 3, 28, 28, 3)
+    assert batch.tokens.shape == (1, 2, 460) and batch.patches.shape == (1, 2, 3, 4, 588)
     names = iter(ids)
     for place, samples in enumerate(batches.rows(step)):
       row = Row(*(getattr(batch, field)[0, place] for field in Row._fields))
@@ -190,7 +191,7 @@ def test_a_packed_row_holds_its_samples_one_behind_the_other(records, processor,
         np.testing.assert_array_equal(visual >= 0, own_visual >= 0)
         np.testing.assert_array_equal(visual[visual >= 0], own_visual[own_visual >= 0] + crop * T)
         for k in range(table.crops[i]):
-          np.testing.assert_array_equal(row.pixels[crop + k], own.pixels[k])
+          np.testing.assert_array_equal(row.patches[crop + k], own.patches[k])
           np.testing.assert_array_equal(row.grids[crop + k], own.grids[k])
         start, crop = start + length, crop + int(table.crops[i])
       assert not row.segment_ids[start:].any() and not row.loss_weights[start:].any() and not row.grids[crop:].any()
@@ -198,7 +199,7 @@ def test_a_packed_row_holds_its_samples_one_behind_the_other(records, processor,
 
 
 def test_samples_too_long_are_cut_before_they_are_packed(records, tokenizers, table):
-  short = Processor(tokenizers[False], VisionConfig(image_size=28), T, "vicuna_v1", 160, 3)
+  short = Processor(tokenizers[False], Square(VisionConfig(image_size=28), T), "vicuna_v1", 160, 3)
   batches = TrainingBatches(records, short, batching="pack", row_length=320, lengths=table, batch_size=2, threads=0)
   for step, (_, batch) in enumerate(batches):
     for place, samples in enumerate(batches.rows(step)):
@@ -269,11 +270,12 @@ from mllm_jax.config import VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.records import Records
 
 if __name__ == "__main__":
   records = Records.load({records.source!r}, {records.image_folder!r})
-  processor = Processor(chat.load_tokenizer(sys.argv[1]), VisionConfig(image_size=28), 3, "vicuna_v1", 230, 3)
+  processor = Processor(chat.load_tokenizer(sys.argv[1]), Square(VisionConfig(image_size=28), 3), "vicuna_v1", 230, 3)
   batches = TrainingBatches(records, processor, batch_size=4, epochs=9, workers=2)
   iterator = iter(batches)
   next(iterator)

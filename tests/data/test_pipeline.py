@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.config import ConfigError, VisionConfig
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor, Row
 from mllm_jax.data.records import DataError, Records
@@ -31,7 +32,7 @@ def records(write_data):
 
 @pytest.fixture
 def processor(tokenizers):
-  return Processor(tokenizers[False], VisionConfig(image_size=28), 3, "vicuna_v1", 90, 1)
+  return Processor(tokenizers[False], Square(VisionConfig(image_size=28), 3), "vicuna_v1", 90, 1)
 
 
 def ids_of(batches, start_step=0):
@@ -60,7 +61,7 @@ def test_batches_hold_the_rows_of_their_samples(records, processor):
   by_id = {sample.id: processor.row(sample) for sample in records}
   batches = TrainingBatches(records, processor, batch_size=6, accumulation=3, epochs=2)
   for step, (ids, batch) in enumerate(batches):
-    assert batch.tokens.shape == (3, 2, 90) and batch.pixels.shape == (3, 2, 1, 28, 28, 3)
+    assert batch.tokens.shape == (3, 2, 90) and batch.patches.shape == (3, 2, 1, 4, 588)
     assert [(int(i),) for i in ids] == batches.rows(step)
     for field in Row._fields:
       for row, name in zip(getattr(batch, field).reshape(6, *getattr(batch, field).shape[2:]), ids, strict=True):
@@ -81,7 +82,7 @@ def test_a_step_is_the_same_wherever_iteration_starts(records, processor):
     rest = list(batches.iterate(start))
     assert [ids for ids, _ in rest] == [ids for ids, _ in whole[start:]]
     for (_, before), (_, after) in zip(whole[start:], rest, strict=True):
-      np.testing.assert_array_equal(before.pixels, after.pixels)
+      np.testing.assert_array_equal(before.patches, after.patches)
       np.testing.assert_array_equal(before.tokens, after.tokens)
   for start in (-1, batches.steps + 1):
     with pytest.raises(ConfigError, match="is not within the run's 8 steps"):

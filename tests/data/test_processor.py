@@ -6,6 +6,8 @@ from PIL import Image
 
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import images
+from mllm_jax.data.aspects import Square
+from mllm_jax.data.patches import unpatchify
 from mllm_jax.data.processor import Processor, Row, collate
 from mllm_jax.data.records import DataError, Records, Turn
 
@@ -37,19 +39,20 @@ def records(write_data):
 
 @pytest.fixture
 def processor(tokenizers):
-  return Processor(tokenizers[False], VISION, tokens_per_image=5, template="vicuna_v1", max_length=100, max_images=2)
+  return Processor(tokenizers[False], Square(VISION, 5), template="vicuna_v1", max_length=100, max_images=2)
 
 
 def test_rows_have_one_shape(records, processor):
   one, none, two = rows = [processor.row(sample) for sample in records]
   for row in rows:
     assert row.tokens.shape == row.visual_index.shape == (100,)
-    assert row.pixels.shape == (2, 28, 28, 3) and row.pixels.dtype == np.uint8
+    assert row.patches.shape == (2, 4, 588) and row.patches.dtype == np.uint8
     assert row.grids.shape == (2, 2) and row.grids.dtype == np.int32
   assert [row.grids.tolist() for row in rows] == [[[2, 2], [0, 0]], [[0, 0], [0, 0]], [[2, 2], [2, 2]]]
-  np.testing.assert_array_equal(one.pixels[0], images.preprocess(images.load(records[0].images[0]), VISION))
-  np.testing.assert_array_equal(two.pixels[1], images.preprocess(images.load(records[2].images[1]), VISION))
-  assert not one.pixels[1].any() and not none.pixels.any()
+  for row, crop, path in ((one, 0, records[0].images[0]), (two, 1, records[2].images[1])):
+    pixels = unpatchify(row.patches[crop], row.grids[crop], 14)
+    np.testing.assert_array_equal(pixels, images.preprocess(images.load(path), VISION))
+  assert not one.patches[1].any() and not none.patches.any()
   assert [row.visual_index.max() for row in rows] == [4, -1, 9]
   for row, answers in ((one, ["Yes"]), (none, ["Yes"]), (two, ["A", "B"])):
     trained = row.targets[row.loss_weights > 0]
@@ -63,7 +66,7 @@ def test_a_prompt_is_the_beginning_of_the_training_row(records, processor):
   length = len(prompt.tokens)
   for field in ("tokens", "visual_index", "segment_ids", "positions"):
     assert getattr(prompt, field).tolist() == getattr(row, field)[:length].tolist()
-  np.testing.assert_array_equal(prompt.pixels, row.pixels)
+  np.testing.assert_array_equal(prompt.patches, row.patches)
   np.testing.assert_array_equal(prompt.grids, row.grids)
   assert not prompt.loss_weights.any() and not prompt.targets.any()
   assert np.flatnonzero(row.loss_weights)[0] == length - 1  # the prompt's last place predicts the answer's first token
@@ -74,14 +77,14 @@ def test_a_prompt_is_the_beginning_of_the_training_row(records, processor):
 def test_collate_stacks(records, processor):
   rows = [processor.row(sample) for sample in records]
   batch = collate(rows)
-  assert batch.pixels.shape == (3, 2, 28, 28, 3)
+  assert batch.patches.shape == (3, 2, 4, 588)
   for field in Row._fields:
     np.testing.assert_array_equal(getattr(batch, field)[1], getattr(rows[1], field))
 
 
 def test_truncation_keeps_what_fits_and_refuses_what_does_not(records, tokenizers):
   def cut(max_length):
-    return Processor(tokenizers[False], VISION, 5, "vicuna_v1", max_length, 2).row(records[0])
+    return Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", max_length, 2).row(records[0])
 
   whole = cut(100)
   places = np.flatnonzero(whole.loss_weights)
@@ -140,7 +143,7 @@ def test_prompts_that_do_not_fit(processor):
 
 def test_unknown_template_is_refused_at_once(tokenizers):
   with pytest.raises(DataError, match="data.template must be one of vicuna_v1, plain"):
-    Processor(tokenizers[False], VISION, 5, "v0", 100, 1)
+    Processor(tokenizers[False], Square(VISION, 5), "v0", 100, 1)
 
 
 def test_pickling(records, processor):
@@ -150,7 +153,7 @@ def test_pickling(records, processor):
 
 
 def test_what_ends_an_answer(tokenizers, byte_level):
-  make = lambda tokenizer, template: Processor(tokenizer, VISION, 5, template, 100, 1)
+  make = lambda tokenizer, template: Processor(tokenizer, Square(VISION, 5), template, 100, 1)
   assert make(tokenizers[False], "vicuna_v1").end_id == 2
   processor = make(byte_level["qwen2"], "chatml")
   assert processor.end_id == processor.tokenizer.token_id("<|im_end|>")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import images
+from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Records
 from mllm_jax.data_commands import show, show_page
@@ -56,7 +57,7 @@ def make_page(records, processor, limited=True):
 
 def test_spans_are_the_tokens_of_the_row(records, tokenizers):
   tokenizer = tokenizers[False]
-  processor = Processor(tokenizer, VISION, 5, "vicuna_v1", 150, 1)
+  processor = Processor(tokenizer, Square(VISION, 5), "vicuna_v1", 150, 1)
   row, found = processor.row(records[0]), spans(cards(make_page(records, processor))[0])
   assert [text for kind, _, text in found if kind[0] == "visual"] == ["5 visual tokens"]
   ids = [int(title.rpartition(" ")[2]) for kind, title, _ in found if kind[0] != "visual"]
@@ -69,7 +70,7 @@ def test_spans_are_the_tokens_of_the_row(records, tokenizers):
 
 
 def test_what_is_cut_off_is_shown(records, tokenizers):
-  processor = Processor(tokenizers[False], VISION, 5, "vicuna_v1", 100, 1)
+  processor = Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 100, 1)
   card = cards(make_page(records, processor))[1]
   cut = [kind for kind, _, _ in spans(card) if "cut" in kind]
   whole = len(spans(card))
@@ -79,7 +80,7 @@ def test_what_is_cut_off_is_shown(records, tokenizers):
 
 
 def test_problems_stand_in_the_samples_place(records, tokenizers):
-  page = make_page(records, Processor(tokenizers[False], VISION, 5, "vicuna_v1", 150, 1))
+  page = make_page(records, Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 1))
   one, long, silent, two, gone, bad = cards(page)
   assert "4 of these samples cannot be used." in page
   assert "class='problem'" not in one and "No" in one and "class='problem'" not in long
@@ -88,23 +89,23 @@ def test_problems_stand_in_the_samples_place(records, tokenizers):
   assert "is missing" in gone and "&lt;i&gt;" in gone and "conversations is a str" in bad
   assert (
     "class='problem'"
-    not in cards(make_page(records, Processor(tokenizers[False], VISION, 5, "vicuna_v1", 150, 1), False))[3]
+    not in cards(make_page(records, Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 1), False))[3]
   )
 
 
 def test_the_page_needs_nothing_from_elsewhere(records, tokenizers):
-  page = make_page(records, Processor(tokenizers[False], VISION, 5, "vicuna_v1", 150, 1))
+  page = make_page(records, Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 1))
   assert "default-src 'none'" in page and "<script" not in page and "http:" not in page and "https:" not in page
   assert re.findall(r"src='([^':]*)", page) == ["data"] * 3 and "<title>&lt;title&gt;</title>" in page
   assert "prefers-color-scheme: dark" in page and "&lt;&amp;&gt;" in page
 
 
 def test_pictures_are_the_models(records, tokenizers):
-  processor = Processor(tokenizers[False], VISION, 5, "vicuna_v1", 150, 5)
+  processor = Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 5)
   encoded = re.search(r"data:image/png;base64,([^']*)", cards(make_page(records, processor))[0])[1]
   shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
   np.testing.assert_array_equal(shown, images.preprocess(images.load(records[0].images[0]), VISION))
-  tiled = Processor(tokenizers[False], VISION, 5, "vicuna_v1", 300, 5, "anyres")
+  tiled = Processor(tokenizers[False], Anyres(VISION, 5), "vicuna_v1", 300, 5)
   card = cards(make_page(records, tiled))[0]
   crops, tokens = tiled.image_cost(30, 20)
   assert card.count("<img") == crops and f"{tokens} tokens" in card and "of them newlines" in card

@@ -3,9 +3,11 @@ import pytest
 from PIL import Image
 
 from mllm_jax.batch import NEWLINE
-from mllm_jax.config import ConfigError, VisionConfig
+from mllm_jax.config import VisionConfig
 from mllm_jax.data import tiles
+from mllm_jax.data.aspects import Anyres
 from mllm_jax.data.chat import Encoded
+from mllm_jax.data.patches import patchify
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Turn
 
@@ -63,12 +65,12 @@ def test_tokens_that_are_no_map_are_refused():
 
 
 def test_rows_of_tiled_images(tokenizers):
-  processor = Processor(tokenizers[False], SMALL, 5, "vicuna_v1", 200, 10, "anyres")
+  processor = Processor(tokenizers[False], Anyres(SMALL, 5), "vicuna_v1", 200, 10)
   wide, tall = Image.new("RGB", (60, 56), "red"), Image.new("RGB", (20, 61), "blue")
   row = processor.prompt([Turn("human", "<image>\nA\n<image>")], [wide, tall])
   crops = [tiles.crops_of(*picture.size, SMALL) for picture in (wide, tall)]
-  assert crops == [5, 4] and (row.grids[:9] == 2).all() and not row.grids[9:].any() and not row.pixels[9].any()
-  np.testing.assert_array_equal(row.pixels[5:9], tiles.crop(tall, SMALL))
+  assert crops == [5, 4] and (row.grids[:9] == 2).all() and not row.grids[9:].any() and not row.patches[9].any()
+  np.testing.assert_array_equal(row.patches[5:9], patchify(tiles.crop(tall, SMALL), 14))
   first, second = (tiles.table_rows(*picture.size, SMALL, 5) for picture in (wide, tall))
   expected = [*first, *np.where(second < 0, second, second + 25)]
   assert row.visual_index[row.visual_index != -1].tolist() == expected
@@ -77,7 +79,7 @@ def test_rows_of_tiled_images(tokenizers):
 
 
 def test_truncation_inside_the_tiles(tokenizers):
-  processor = Processor(tokenizers[False], SMALL, 5, "vicuna_v1", 200, 10, "anyres")
+  processor = Processor(tokenizers[False], Anyres(SMALL, 5), "vicuna_v1", 200, 10)
   encoded = Encoded(np.array([1, -200, 7], np.int32), np.array([False, False, True]))
   whole, cut = (processor.places(encoded, [(60, 56)], length) for length in (None, 12))
   for before, after in zip(whole, cut, strict=True):
@@ -87,8 +89,6 @@ def test_truncation_inside_the_tiles(tokenizers):
 
 
 def test_rows_without_room_are_refused(tokenizers):
-  processor = Processor(tokenizers[False], SMALL, 5, "vicuna_v1", 200, 2, "anyres")
+  processor = Processor(tokenizers[False], Anyres(SMALL, 5), "vicuna_v1", 200, 2)
   with pytest.raises(DataError, match="5 crops, and a row has room for 2; raise data.max_images"):
     processor.prompt([Turn("human", "<image>")], [Image.new("RGB", (60, 56))])
-  with pytest.raises(ConfigError, match="data.image_aspect='square' is unknown; known: pad, anyres"):
-    Processor(tokenizers[False], SMALL, 5, "vicuna_v1", 200, 2, "square")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mllm_jax.config import VisionConfig
 from mllm_jax.data.__main__ import main
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.chat import load_tokenizer
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor
@@ -68,13 +69,13 @@ def test_shards_hold_the_samples_and_their_files(data, tmp_path, processes, caps
 def test_a_run_reads_the_same_batches(data, tmp_path, tokenizer_folder):
   out = tmp_path / "shards"
   assert run(data, out, "--processes=1") == 0
-  processor = Processor(load_tokenizer(tokenizer_folder), VisionConfig(image_size=28), 3, "vicuna_v1", 90, 1)
+  processor = Processor(load_tokenizer(tokenizer_folder), Square(VisionConfig(image_size=28), 3), "vicuna_v1", 90, 1)
   both = [
     TrainingBatches(Records.load(str(path), str(data[1])), processor, batch_size=4, epochs=2) for path in (data[0], out)
   ]
   for (names, batch), (other_names, other) in zip(*both, strict=True):
     assert names == other_names
-    np.testing.assert_array_equal(batch.pixels, other.pixels)
+    np.testing.assert_array_equal(batch.patches, other.patches)
     np.testing.assert_array_equal(batch.tokens, other.tokens)
 
 

@@ -11,6 +11,7 @@ from tiny_models import GOLDENS, RELEASED, TINY
 
 from mllm_jax import parameters
 from mllm_jax.data import chat
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.processor import Processor
 from mllm_jax.models.mllm import abstract
 from mllm_jax.models.projectors import tokens_per_crop
@@ -71,4 +72,4 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processor(tokenizer):
-  return Processor(tokenizer, TINY.vision, tokens_per_crop(TINY), "vicuna_v1", 256, 1)
+  return Processor(tokenizer, Square(TINY.vision, tokens_per_crop(TINY)), "vicuna_v1", 256, 1)

@@ -48,7 +48,9 @@ def test_greedy_equals_a_loop_without_cache(tiny, prompts):
   positions = np.arange(length + 8, dtype=np.int32)[None]
   forward = jax.jit(
     lambda model, tokens: model.decoder.logits(
-      model.decoder(model.embed(tokens, index, model.visual_tokens(batch.pixels)), positions, jnp.ones_like(positions))
+      model.decoder(
+        model.embed(tokens, index, model.visual_tokens(batch.patches, batch.grids)), positions, jnp.ones_like(positions)
+      )
     )
   )
   for step in range(8):

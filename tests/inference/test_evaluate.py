@@ -49,7 +49,7 @@ class Scripted:
 
   def generate(self, batch, max_new_tokens):
     self.batches.append((batch, max_new_tokens))
-    return [self.answers[bool(row.std(axis=(0, 1, 2)).any())] for row in batch.pixels]
+    return [self.answers[bool(row.reshape(-1, 3).std(axis=0).any())] for row in batch.patches]
 
 
 def test_questions_are_asked_alone_and_counted_by_kind(records, processor):
@@ -97,7 +97,7 @@ def test_batches_have_one_shape_and_hold_what_the_processor_makes(records, proce
   second = engine.batches[0][0]  # the second question of the first sample, with its picture in front
   picture = images.load(records[0].images[0])
   direct = processor.prompt([Turn("human", "<image>\nWhich colour?")], [picture], second.tokens.shape[1])
-  for name in ("tokens", "positions", "segment_ids", "visual_index", "pixels", "grids"):
+  for name in ("tokens", "positions", "segment_ids", "visual_index", "patches", "grids"):
     np.testing.assert_array_equal(getattr(second, name)[1], getattr(direct, name), err_msg=name)
   last = engine.batches[-1][0]
   np.testing.assert_array_equal(last.tokens[0], last.tokens[1])  # filled up with a repeated row
@@ -108,7 +108,7 @@ def test_blanked_pictures_are_the_towers_mean_colour(records, processor):
   exact_match(engine, processor, records, batch_size=8, max_new_tokens=7, blank=True)
   seen, blanked = (batch for batch, _ in engine.batches)
   colour = [int(255 * mean) for mean in TINY.vision.mean]
-  assert (blanked.pixels[:4] == colour).all()
+  assert (blanked.patches[:4].reshape(-1, 3) == colour).all()
   np.testing.assert_array_equal(seen.tokens, blanked.tokens)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat, layout
+from mllm_jax.data.patches import patchify
 from mllm_jax.models.projectors import tokens_per_crop
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "sp"
@@ -36,7 +37,9 @@ def prompt(ids, pixels=None, places=None, config=TINY) -> Batch:
   row = layout.pad(row, places or len(row.tokens))
   pixels = np.zeros((size, size, 3), np.uint8) if pixels is None else pixels
   grids = np.full((1, 1, 2), config.vision.grid, np.int32)
-  return Batch(*(field[None] for field in row), pixels=pixels[None, None], grids=grids)
+  return Batch(
+    *(field[None] for field in row), patches=patchify(pixels[None, None], config.vision.patch_size), grids=grids
+  )
 
 
 def stack(batches, places) -> Batch:

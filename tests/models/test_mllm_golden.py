@@ -14,6 +14,7 @@ from mllm_jax.batch import NEWLINE, Batch
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import layout, tiles
 from mllm_jax.data.chat import Encoded
+from mllm_jax.data.patches import patchify
 from mllm_jax.models import mllm, projectors
 from mllm_jax.models.decoder import KVCache
 from mllm_jax.weights import clip, llama, mapping, spatial
@@ -65,7 +66,7 @@ def make_batch(ids, trained_on, pictures, tokens_per_crop, length):
     rows.append(layout.pad(layout.expand(encoded, [tokens_per_crop] * int((row == -200).sum())), length))
   arrays = [np.stack(field) for field in zip(*rows)]
   grids = np.where(np.stack([(row == -200).any() for row in ids])[:, None, None], GRID, 0) * np.ones((1, 1, 2))
-  return Batch(*arrays, pixels=pictures[:, None], grids=grids.astype(np.int32))
+  return Batch(*arrays, patches=patchify(pictures[:, None], 14), grids=grids.astype(np.int32))
 
 
 def golden_batch(golden, model):
@@ -86,7 +87,7 @@ def test_embeddings_logits_loss_and_gradients(case):
 
   def loss(trained):
     model = parameters.unflatten(graphdef, flat | trained)
-    embeddings = model.embed(batch.tokens, batch.visual_index, model.visual_tokens(batch.pixels))
+    embeddings = model.embed(batch.tokens, batch.visual_index, model.visual_tokens(batch.patches, batch.grids))
     logits = model.decoder.logits(model.decoder(embeddings, batch.positions, batch.segment_ids))
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
     return (losses * batch.loss_weights).sum() / batch.loss_weights.sum(), (embeddings, logits)
@@ -121,7 +122,9 @@ def test_greedy_answer(case):
   picture = released.read("img_wide640x360")["clip.resized_uint8"][None]
   length = ids.shape[1] - 1 + projectors.tokens_per_crop(model.config)
   batch = make_batch(ids, np.zeros(ids.shape, bool), picture, projectors.tokens_per_crop(model.config), length)
-  embeddings = released.jit(lambda m, b: m.embed(b.tokens, b.visual_index, m.visual_tokens(b.pixels)))(model, batch)
+  embeddings = released.jit(lambda m, b: m.embed(b.tokens, b.visual_index, m.visual_tokens(b.patches, b.grids)))(
+    model, batch
+  )
   cached, first_logits = with_cache(model.decoder, config, embeddings, steps)
   released.check_close("first logits", first_logits, golden["gen.first_logits"], relative=1e-5)
   assert cached == without_cache(model.decoder, embeddings, steps) == golden["gen.out"][0, 1:].tolist()
@@ -136,12 +139,13 @@ def test_tiled_images():
   model = load(config, weights)
   crops = np.zeros((1, 6, 336, 336, 3), np.uint8)  # with a crop that is not used
   crops[0, :5] = picture["anyres.tiles_uint8"].transpose(0, 2, 3, 1)
+  grids = np.full((1, 6, 2), 24, np.int32)
   table = tiles.table_rows(*golden["image_size_wh"], config.vision, projectors.tokens_per_crop(config))
   encoded = Encoded(golden["input_ids"][0].astype(np.int32), golden["input_ids"][0] > 0)
   row = layout.expand(encoded, [len(table)], table_rows=table)
   assert len(row.tokens) == golden["trunc2048.len"]
-  embed = released.jit(lambda m, tokens, index, pixels: m.embed(tokens, index, m.visual_tokens(pixels)))
-  embeddings = np.asarray(embed(model, row.tokens[None], row.visual_index[None], crops))
+  embed = released.jit(lambda m, tokens, index, *crops: m.embed(tokens, index, m.visual_tokens(*crops)))
+  embeddings = np.asarray(embed(model, row.tokens[None], row.visual_index[None], patchify(crops, 14), grids))
   released.check_close("anyres embeddings", embeddings, golden["out.inputs_embeds"], relative=0, floor=1e-5)
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from mllm_jax import parameters
 from mllm_jax.config import DecoderConfig, LoraConfig, VisionConfig
+from mllm_jax.data.patches import patchify
 from mllm_jax.models import lora
 from mllm_jax.models.decoder import Decoder, KVCache
 from mllm_jax.models.vision import VisionTower
@@ -23,8 +24,9 @@ def test_clip_features():
   tower = nnx.eval_shape(lambda: VisionTower(config, dtype="float32", rngs=nnx.Rngs(0)))
   tower = released.fill(tower, "vision/", clip.table(config), released.group(golden, "w."))
   pixels = released.read("img_wide640x360")
-  images = tower.normalise(pixels["clip.resized_uint8"][None])
-  np.testing.assert_allclose(images[0], pixels["clip.pixel_values"].transpose(1, 2, 0), rtol=0, atol=1e-6)
+  images = tower.normalise(patchify(pixels["clip.resized_uint8"][None], 14))
+  expected = patchify(pixels["clip.pixel_values"].transpose(1, 2, 0), 14)
+  np.testing.assert_allclose(images[0], expected, rtol=0, atol=1e-6)
   features = released.jit(lambda tower, images: tower(images))(tower, images)
   released.check_close("clip", np.asarray(features), golden["out.select"], relative=0, floor=1e-5)
 

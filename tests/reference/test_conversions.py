@@ -10,6 +10,7 @@ from PIL import Image
 import mllm_jax
 from mllm_jax import convert
 from mllm_jax.data import images
+from mllm_jax.data.patches import unpatchify
 
 pytestmark = pytest.mark.torch
 
@@ -24,7 +25,8 @@ def torch_logits(model, processor, batch, image_id: int) -> np.ndarray:
 
   ids = np.where(batch.visual_index >= 0, image_id, batch.tokens)
   vision = processor.vision
-  pixels = images.normalise(batch.pixels[:, 0], vision.mean, vision.std)
+  pictures = [unpatchify(patches[0], grids[0], vision.patch_size) for patches, grids in zip(batch.patches, batch.grids)]
+  pixels = images.normalise(np.stack(pictures), vision.mean, vision.std)
   with torch.no_grad():
     return model.eval()(
       input_ids=torch.from_numpy(ids.astype(np.int64)),

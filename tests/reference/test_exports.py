@@ -19,6 +19,8 @@ from flax import nnx
 
 from mllm_jax import convert, parameters
 from mllm_jax.data import chat, images
+from mllm_jax.data.aspects import Square
+from mllm_jax.data.patches import unpatchify
 from mllm_jax.data.processor import Processor, collate
 from mllm_jax.inference.engine import Engine
 from mllm_jax.models import projectors
@@ -65,7 +67,7 @@ def ours(exported, tokenizer_folders):
   forward = jax.jit(lambda model, batch: model.logits(batch))
   for kind, (_, model) in exported.items():
     config, tokenizer = MODELS[kind], chat.load_tokenizer(str(tokenizer_folders[kind]))
-    processor = Processor(tokenizer, config.vision, projectors.tokens_per_crop(config), "vicuna_v1", PLACES, 2)
+    processor = Processor(tokenizer, Square(config.vision, projectors.tokens_per_crop(config)), "vicuna_v1", PLACES, 2)
     engine, results[kind] = Engine(model, tokenizer.eos_id), []
     for turns, names, system in CONVERSATIONS.values():
       pictures_of_row = [files[name] for name in names]
@@ -158,7 +160,9 @@ def test_pictures_have_our_pixel_values(theirs, ours, version, kind):
   vision = MODELS[kind].vision
   for number, (_, names, _) in enumerate(CONVERSATIONS.values()):
     if names:
-      pixels = images.normalise(ours[kind][number][0].pixels, vision.mean, vision.std)[: len(names)]
+      row = ours[kind][number][0]
+      pictures = [unpatchify(patches, grid, vision.patch_size) for patches, grid in zip(row.patches, row.grids)]
+      pixels = images.normalise(np.stack(pictures[: len(names)]), vision.mean, vision.std)
       # a product with 1/255 against a quotient, in float32
       np.testing.assert_allclose(theirs[version][f"{kind}/{number}/pixels"], pixels, atol=1e-6)
 

@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 
 from mllm_jax import parameters
 from mllm_jax.config import LoraConfig
+from mllm_jax.data.images import normalise
+from mllm_jax.data.patches import patchify
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.lora import merge
 from mllm_jax.models.projectors.mlp import MlpProjector
@@ -102,7 +104,7 @@ def test_siglip_gives_transformers_features(tmp_path, image_size, select_layer):
   config = dataclasses.replace(siglip.read_config(tmp_path), select_layer=select_layer)
   tower = our_tower(config, open_weights(tmp_path), siglip.table(config))
   pictures = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), dtype=np.uint8)
-  images = tower.normalise(jnp.asarray(pictures))
+  images = normalise(pictures, config.mean, config.std)
   # transformers' own hook on the last layer: its hidden_states[-1] is normed in some versions.
   seen = {}
   encoder = getattr(model, "vision_model", model).encoder
@@ -111,12 +113,12 @@ def test_siglip_gives_transformers_features(tmp_path, image_size, select_layer):
     for place, layer in enumerate(encoder.layers, start=1)
   ]
   with torch.no_grad():
-    output = model(torch.from_numpy(np.moveaxis(np.array(images), -1, 1).copy()), output_hidden_states=True)
+    output = model(torch.from_numpy(np.moveaxis(images, -1, 1).copy()), output_hidden_states=True)
   for hook in hooks:
     hook.remove()
   expected = seen[config.layers_used]
   expected = (expected[0] if isinstance(expected, tuple) else expected).numpy()
-  close(tower(images), expected)
+  close(tower(patchify(images, 14)), expected)
   if select_layer == -2:
     np.testing.assert_array_equal(output.hidden_states[-2].numpy(), expected)
 
@@ -135,7 +137,7 @@ def test_the_vision_half_of_a_siglip_model(tmp_path):
   with torch.no_grad():
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     expected = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2].numpy()
-  close(tower(jnp.asarray(images)), expected)
+  close(tower(jnp.asarray(patchify(images, 14))), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -317,7 +319,7 @@ def test_the_parts_of_transformers_own_llava(tmp_path, vision, language, source)
     expected = model.model.multi_modal_projector(features).numpy()
     ids = some_ids() % (VOCABULARY - 1)  # no image among them
     expected_logits = torch_logits(model, ids)
-  close(projector(tower(jnp.asarray(images))), expected)
+  close(projector(tower(jnp.asarray(patchify(images, 14)))), expected)
   close(our_logits(decoder, ids), expected_logits)
 
 

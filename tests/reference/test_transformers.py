@@ -10,6 +10,7 @@ from flax import nnx
 from mllm_jax import parameters, recipes
 from mllm_jax.config import LoraConfig
 from mllm_jax.data import images
+from mllm_jax.data.patches import patchify
 from mllm_jax.models import lora as lora_lib
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.vision import VisionTower
@@ -60,7 +61,7 @@ def test_the_shipped_tower_gives_transformers_features():
   expected = output.hidden_states[-2][:, 1:].numpy()
   # float32 sums in another order, five layers deep
   np.testing.assert_allclose(
-    np.asarray(tower(tower.normalise(jnp.asarray(picture)))), expected, atol=1e-4 * np.abs(expected).max()
+    np.asarray(tower(tower.normalise(jnp.asarray(patchify(picture, 14))))), expected, atol=1e-4 * np.abs(expected).max()
   )
 
 

@@ -40,8 +40,8 @@ def make_batch(rows: int, seed: int = 0, places: int = 96) -> Batch:
   trained = rng.random((rows, places)) < rng.random((rows, 1)) * 0.5
   segments = np.ones((rows, places), np.int32)
   segments[:, 90:] = 0
-  pixels = rng.integers(0, 256, (rows, 1, 112, 112, 3)).astype(np.uint8)
-  pixels[-1] = 0
+  patches = rng.integers(0, 256, (rows, 1, 64, 588)).astype(np.uint8)
+  patches[-1] = 0
   grids = np.full((rows, 1, 2), 8, np.int32)
   grids[-1] = 0
   return Batch(
@@ -51,7 +51,7 @@ def make_batch(rows: int, seed: int = 0, places: int = 96) -> Batch:
     segment_ids=segments,
     positions=np.broadcast_to(np.arange(places, dtype=np.int32), (rows, places)),
     visual_index=visual_index,
-    pixels=pixels,
+    patches=patches,
     grids=grids,
   )
 

@@ -24,11 +24,11 @@ def sample(number: int, seed: int = 0) -> Row:
   length = PLACES[number]
   places = [values[:length] for values in row[:6]]
   places[3] = np.ones(length, np.int32)
-  return Row(*places, row.pixels, row.grids)
+  return Row(*places, row.patches, row.grids)
 
 
 def packed(samples: list[Row], length: int = LENGTH, crops: int = CROPS) -> Batch:
-  return collate([join_rows(samples, length, crops, TOKENS, 112)])
+  return collate([join_rows(samples, length, crops, TOKENS, CONFIG.vision)])
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def test_packed_logits_are_those_of_the_samples_alone(logits):
 
 def test_a_step_on_packed_rows_is_that_on_the_samples_rows():
   samples = [sample(n % 4, seed=n // 4) for n in range(8)]
-  alone = collate([join_rows([row], 96, 1, TOKENS, 112) for row in samples])
+  alone = collate([join_rows([row], 96, 1, TOKENS, CONFIG.vision) for row in samples])
   together = collate(
-    [join_rows(part, LENGTH, CROPS, TOKENS, 112) for part in (samples[:4], samples[4:5], samples[5:], [])]
+    [join_rows(part, LENGTH, CROPS, TOKENS, CONFIG.vision) for part in (samples[:4], samples[4:5], samples[5:], [])]
   )
   expected, found, cut = Training(dropout=0.0), Training(dropout=0.0), Training(dropout=0.0, accumulation=2)
   for _ in range(3):
@@ -86,10 +86,10 @@ def test_micro_batches_of_their_own_lengths_give_the_same_and_each_length_is_com
       rows = [[sample(0, seed=4 * epoch + step), sample(1)], [sample(1, seed=3), sample(3, seed=step)]]
       if step:
         rows.reverse()
-      expected = whole.step(collate([join_rows([row], 128, 1, TOKENS, 112) for part in rows for row in part]))
+      expected = whole.step(collate([join_rows([row], 128, 1, TOKENS, CONFIG.vision) for part in rows for row in part]))
       length = {96: 128, 83: 90}
       cut = [
-        collate([join_rows([row], length[max(len(r.tokens) for r in part)], 1, TOKENS, 112) for row in part])
+        collate([join_rows([row], length[max(len(r.tokens) for r in part)], 1, TOKENS, CONFIG.vision) for row in part])
         for part in rows
       ]
       found = bucketed.take(tuple(jax.tree.map(lambda x: x[None], batch) for batch in cut))

@@ -20,6 +20,7 @@ from mllm_jax.config import (
 )
 from mllm_jax.data import layout
 from mllm_jax.data.chat import Encoded
+from mllm_jax.data.patches import patchify
 from mllm_jax.models import mllm
 from mllm_jax.training import optimizer as optimizer_lib
 from mllm_jax.training import step as step_lib
@@ -38,7 +39,7 @@ def golden_batch(golden) -> Batch:
     rows.append(layout.pad(layout.expand(encoded, [6 + GRID**2] * int((encoded.ids == -200).sum())), 612))
   pixels = np.stack([*pictures, np.zeros_like(pictures[0])])[:, None]
   grids = np.array([[[GRID, GRID]], [[GRID, GRID]], [[0, 0]]], np.int32)
-  return Batch(*(np.stack(field) for field in zip(*rows)), pixels=pixels, grids=grids)
+  return Batch(*(np.stack(field) for field in zip(*rows)), patches=patchify(pixels, 14), grids=grids)
 
 
 @pytest.mark.parametrize("case", ["stage1_wd0.0", "stage2_wd0.0", "stage2_wd0.1"])

@@ -23,7 +23,7 @@ def test_compiles_once_over_batches_with_and_without_pictures():
     dataclasses.replace(
       text,
       visual_index=np.full_like(text.visual_index, -1),
-      pixels=np.zeros_like(text.pixels),
+      patches=np.zeros_like(text.patches),
       grids=np.zeros_like(text.grids),
     )
   )

@@ -9,6 +9,7 @@ import pytest
 
 import mllm_jax
 from mllm_jax.config import DataConfig, ProjectorConfig
+from mllm_jax.data.aspects import Anyres
 from mllm_jax.weights import assemble
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.side_files.official import image_aspect
@@ -39,7 +40,7 @@ def test_a_released_model_is_read_and_asked_with_tiles(tmp_path, name):
   loaded, processor = mllm_jax.load(str(folder))
   expected = layouts.arrays(model, "projector")["projector/image_newline"]
   np.testing.assert_array_equal(loaded.projector.image_newline[...], expected)
-  assert loaded.config.projector.image_newline and processor.image_aspect == "anyres"
+  assert loaded.config.projector.image_newline and isinstance(processor.aspect, Anyres)
 
 
 @pytest.mark.parametrize(
@@ -65,4 +66,8 @@ def test_tiles_need_the_token(tmp_path):
   from mllm_jax.config import ConfigError
 
   with pytest.raises(ConfigError, match="image_aspect=anyres needs model.projector.image_newline=True"):
-    build.make_processor(layouts.model(), "", DataConfig(image_aspect="anyres"))
+    build.make_aspect(layouts.model(), None, DataConfig(image_aspect="anyres"))
+  with pytest.raises(ConfigError, match="image_aspect='square' is unknown; known: pad, anyres, slices"):
+    build.make_aspect(layouts.model(), None, DataConfig(image_aspect="square"))
+  with pytest.raises(ConfigError, match="image_aspect=slices needs a projector .*hiwin.* kind is 'mlp2x_gelu'"):
+    build.make_aspect(layouts.model(), None, DataConfig(image_aspect="slices"))

@@ -1,4 +1,8 @@
-"""Projectors: from patch features [B, P, C] to visual tokens [B, T, D]."""
+"""Projectors: from patch features [..., P, C] to visual tokens [..., T, D].
+
+Each is called with the features, the normalised patches [..., P, 3 p p] that they were made from, and the grids
+[..., 2]; a projector for square images needs the first only.
+"""
 
 import math
 

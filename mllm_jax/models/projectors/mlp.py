@@ -19,6 +19,8 @@ class MlpProjector(nnx.Module):
     self.fc1 = linear(in_width)
     self.fc2 = linear(out_width)
 
-  def __call__(self, patch_features: jax.Array) -> jax.Array:
-    """patch_features [B, P, C] -> visual tokens [B, P, D]."""
+  def __call__(
+    self, patch_features: jax.Array, patches: jax.Array | None = None, grids: jax.Array | None = None
+  ) -> jax.Array:
+    """patch_features [..., P, C] -> visual tokens [..., P, D]."""
     return self.fc2(jax.nn.gelu(self.fc1(patch_features), approximate=False))

@@ -140,7 +140,8 @@ class DetailFeatureIntegrator(nnx.Module):
 
 
 class SpatialProjector(nnx.Module):
-  """LLaVA-SP's projector: patch features [B, P, C] -> visual tokens [B, n + P, D], the n spatial tokens first."""
+  """LLaVA-SP's projector: patch features [..., P, C] -> visual tokens [..., n + P, D], the n spatial tokens
+  first."""
 
   def __init__(self, config: ProjectorConfig, grid: int, in_width: int, out_width: int, *, rngs: nnx.Rngs):
     self.grid = grid
@@ -151,13 +152,17 @@ class SpatialProjector(nnx.Module):
     self.patch_mlp = MlpProjector(in_width, out_width, rngs=rngs)
 
   @jax.named_scope("projector")
-  def __call__(self, patch_features: jax.Array) -> jax.Array:
-    patch_map = patch_features.reshape(patch_features.shape[0], self.grid, self.grid, -1)
+  def __call__(
+    self, patch_features: jax.Array, patches: jax.Array | None = None, grids: jax.Array | None = None
+  ) -> jax.Array:
+    axes = patch_features.shape[:-2]
+    patch_map = patch_features.reshape(-1, self.grid, self.grid, patch_features.shape[-1])
     tokens = self.sfe(patch_map)
     if self.dfi is not None:
       tokens = self.dfi(tokens, patch_map)
     spatial_tokens = self.head(jax.nn.gelu(tokens, approximate=False))
-    return jnp.concatenate([spatial_tokens, self.patch_mlp(patch_features)], axis=1)
+    spatial_tokens = spatial_tokens.reshape(*axes, *spatial_tokens.shape[1:])
+    return jnp.concatenate([spatial_tokens, self.patch_mlp(patch_features)], axis=-2)
 
 
 def conv_kernel(config: ProjectorConfig, size: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
