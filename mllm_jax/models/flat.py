@@ -50,3 +50,40 @@ def _cubic(distance: jax.Array) -> jax.Array:
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
   return jnp.where(x <= 1, near, far)
+
+
+def bicubic_weight(cells: jax.Array, places: jax.Array, target: jax.Array, source: jax.Array) -> jax.Array:
+  """What single cells weigh in `bicubic_matrix`, element by element; all arguments are broadcast to one shape."""
+  position = (places.astype(jnp.float32) + 0.5) * (source / jnp.maximum(target, 1)).astype(jnp.float32) - 0.5
+  first = jnp.floor(position)
+  weight = 0.0
+  for tap in (-1, 0, 1, 2):
+    cell = jnp.clip(first.astype(jnp.int32) + tap, 0, jnp.maximum(source - 1, 0))
+    weight = weight + jnp.where(cell == cells, _cubic(jnp.abs(position - first - tap)), 0)
+  return weight
+
+
+def from_cells(cells: jax.Array, grid: jax.Array, n: int) -> jax.Array:
+  """A map whose cells were made n x n pixels each, row by row: [P, n * n, C] -> [n * n * P, C], padding 0.
+
+  grid: int32 [2], (h, w) before. The pixels of a cell that lie beside each other stay so: whole lines of n are moved.
+  """
+  count, _, width = cells.shape
+  line = jnp.arange(n * count, dtype=jnp.int32)
+  valid = line < n * grid[0] * grid[1]
+  columns = jnp.maximum(grid[1], 1)
+  row, column = line // columns, line % columns
+  place = jnp.where(valid, ((row // n) * columns + column) * n + row % n, 0)
+  lines = jnp.where(valid[:, None], cells.reshape(n * count, n * width)[place], 0)
+  return lines.reshape(n * n * count, width)
+
+
+def lines_of_cells(grid: jax.Array, count: int, n: int) -> tuple[jax.Array, jax.Array]:
+  """The way back of `from_cells`: which lines of n pixels the cells have, [P, n], and which cells are of the map, [P]."""
+  row, column, valid = coordinates(grid, count)
+  return (row[:, None] * n + jnp.arange(n)) * jnp.maximum(grid[1], 1) + column[:, None], valid
+
+
+def masked(maps: jax.Array, grids: jax.Array) -> jax.Array:
+  """Flat maps [..., P, C] of grids [..., 2] with zeros for padding, whatever stood there."""
+  return jnp.where(coordinates(grids, maps.shape[-2])[2][..., None], maps, 0)
