@@ -17,7 +17,9 @@ class Mllm(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
     any_aspect = config.projector.any_aspect
-    self.vision = VisionTower(config.vision, any_aspect=any_aspect, dtype=config.dtype, rngs=rngs)
+    self.vision = VisionTower(
+      config.vision, any_aspect=any_aspect, dtype=config.dtype, remat=config.remat != "none", rngs=rngs
+    )
     self.projector = projectors.make(config, rngs)
     self.decoder = Decoder(config.decoder, config.lora, dtype=config.dtype, remat=config.remat, rngs=rngs)
 

@@ -50,15 +50,18 @@ class VisionTower(nnx.Module):
   any_aspect: images of any grid of at most `config.grid` ** 2 patches, as LLaVA-UHD has them (Guo et al. 2024, section
   3.2): the table of positions is resized bicubically to each image's grid, and padding is masked. Otherwise every image
   has the grid that the tower was trained on.
+
+  remat: the backward pass, where the tower is trained, computes each layer again instead of keeping what is inside it.
   """
 
-  def __init__(self, config: VisionConfig, *, any_aspect: bool = False, dtype: str, rngs: nnx.Rngs):
+  def __init__(self, config: VisionConfig, *, any_aspect: bool = False, dtype: str, remat: bool = False, rngs: nnx.Rngs):
     if not 1 <= config.patch_size <= config.image_size:
       raise ConfigError(f"vision.image_size={config.image_size} has no room for a patch of {config.patch_size} pixels")
     if config.activation not in ACTIVATIONS:
       raise ConfigError(f"vision.activation={config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     self.config = config
     self.any_aspect = any_aspect
+    self.remat = remat
     self.dtype = jnp.dtype(dtype)
     embedding = normal(0.02)
     self.patch_embedding = Linear(config.patch_values, config.width, bias=config.patch_bias, rngs=rngs)
@@ -97,7 +100,9 @@ class VisionTower(nnx.Module):
       x, mask = x + self.position_embedding[...].astype(self.dtype), None
     if self.pre_norm is not None:
       x = self.pre_norm(x)
-    x, _ = jax.lax.scan(lambda x, layer: (layer(x, mask), None), x, self.layers)
+    run = lambda layer, x: layer(x, mask)
+    run = jax.checkpoint(run) if self.remat else run
+    x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers)
     return x[:, before:].reshape(*axes, config.width)
 
   def _positions(self, grids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:

@@ -9,9 +9,10 @@ import math
 import jax
 from flax import nnx
 
-from mllm_jax.config import ConfigError, ModelConfig
+from mllm_jax.config import ANY_ASPECT, ConfigError, ModelConfig
 from mllm_jax.models.projectors.mlp import MlpProjector
 from mllm_jax.models.projectors.spatial import SpatialProjector, map_sizes
+from mllm_jax.models.projectors.uhd import UhdProjector
 
 
 def make(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -21,8 +22,11 @@ def make(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     module = MlpProjector(vision.width, width, rngs=rngs)
   elif projector.kind == "spatial":
     module = SpatialProjector(projector, vision.grid, vision.width, width, rngs=rngs)
+  elif projector.any_aspect:
+    module = UhdProjector(projector, vision, width, rngs=rngs)
   else:
-    raise ConfigError(f"projector.kind={projector.kind!r} is unknown; known: spatial, mlp2x_gelu")
+    known = ", ".join(("spatial", "mlp2x_gelu", *ANY_ASPECT))
+    raise ConfigError(f"projector.kind={projector.kind!r} is unknown; known: {known}")
   if projector.image_newline:  # no part of the projection: `Mllm.embed` puts it between the rows of tiles
     module.image_newline = nnx.Param(jax.random.normal(rngs.params(), (width,)) / math.sqrt(width))
   return module
@@ -30,5 +34,7 @@ def make(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 def tokens_per_crop(config: ModelConfig) -> int:
   """T: how many visual tokens the projector makes of one crop."""
+  if config.projector.any_aspect:
+    return config.projector.query_grid**2
   patches = config.vision.grid**2
   return patches + (len(map_sizes(config.projector, config.vision.grid)) if config.projector.kind == "spatial" else 0)

@@ -1,0 +1,54 @@
+"""LLaVA-UHD's projectors: a pyramid of feature maps of any shape, condensed to a fixed number of tokens a crop."""
+
+import jax
+from flax import nnx
+
+from mllm_jax.config import ProjectorConfig, VisionConfig
+from mllm_jax.models.projectors import pyramid
+from mllm_jax.models.projectors.hiwin import HiwinAttention
+from mllm_jax.models.projectors.resampler import Mlp144, UhdV1Resampler
+
+
+class UhdProjector(nnx.Module):
+  """LLaVA-UHD v2's projector (VDIM or another pyramid, then Hiwin attention), its predecessor's, or an MLP.
+
+  Raises ConfigError for a pyramid, levels, pooling or widths that there are not.
+  """
+
+  def __init__(self, config: ProjectorConfig, vision: VisionConfig, width: int, *, rngs: nnx.Rngs):
+    if config.kind == "uhd_v1":
+      self.pyramid = pyramid.make("none", (0,), vision.width, rngs)
+      self.resampler = UhdV1Resampler(
+        vision.width, width, query_grid=config.query_grid, head_width=config.head_width, rngs=rngs
+      )
+      return
+    self.pyramid = pyramid.make(config.pyramid, config.levels, vision.width, rngs)
+    if config.kind == "mlp144":
+      self.resampler = Mlp144(config.levels, vision.width, width, query_grid=config.query_grid, rngs=rngs)
+      return
+    self.resampler = HiwinAttention(
+      config.levels,
+      vision.width,
+      width,
+      query_grid=config.query_grid,
+      pooling=config.pooling,
+      head_width=config.head_width,
+      rngs=rngs,
+    )
+
+  @jax.named_scope("projector")
+  def __call__(self, patch_features: jax.Array, patches: jax.Array, grids: jax.Array) -> jax.Array:
+    """patch_features [B, K, P, C], normalised patches [B, K, P, 3 p p], grids [B, K, 2] -> [B, K, T, D].
+
+    The K crops of all rows are gone through one after another, and each is made again on the way back: the maps of the
+    finest level are 4^l times as large as the features. The rows stay side by side, so a batch split over devices does.
+    """
+    folded = self.resampler.fold(patch_features.dtype)
+
+    @jax.checkpoint
+    def crop(folded, features, patches, grids):
+      return self.resampler(self.pyramid(features, patches, grids), grids, folded)
+
+    by_crop = jax.tree.map(lambda x: x.swapaxes(0, 1), (patch_features, patches, grids))
+    _, tokens = jax.lax.scan(lambda _, crops: (None, crop(folded, *crops)), None, by_crop)
+    return tokens.swapaxes(0, 1)
