@@ -79,7 +79,7 @@ def slow(x, saliency, bias, scale, shift, keep):
   return out
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([(3, 4), (5, 2)]), st.integers(0, 2**32 - 1))
 def test_any_map_brought_to_pixels(rows, columns, cells, seed):
   """Rectangles too, and the matrices that bring a map to pixels."""
