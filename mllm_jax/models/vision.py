@@ -54,7 +54,9 @@ class VisionTower(nnx.Module):
   remat: the backward pass, where the tower is trained, computes each layer again instead of keeping what is inside it.
   """
 
-  def __init__(self, config: VisionConfig, *, any_aspect: bool = False, dtype: str, remat: bool = False, rngs: nnx.Rngs):
+  def __init__(
+    self, config: VisionConfig, *, any_aspect: bool = False, dtype: str, remat: bool = False, rngs: nnx.Rngs
+  ):
     if not 1 <= config.patch_size <= config.image_size:
       raise ConfigError(f"vision.image_size={config.image_size} has no room for a patch of {config.patch_size} pixels")
     if config.activation not in ACTIVATIONS:

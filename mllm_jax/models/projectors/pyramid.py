@@ -38,7 +38,9 @@ def make(kind: str, levels: tuple[int, ...], width: int, rngs: nnx.Rngs) -> nnx.
     )
   if kind == "none":
     if levels != (0,):
-      raise ConfigError(f"projector.levels={levels} needs a pyramid; with projector.pyramid='none' there is level 0 only")
+      raise ConfigError(
+        f"projector.levels={levels} needs a pyramid; with projector.pyramid='none' there is level 0 only"
+      )
     return Features()
   if kind == "bilinear":
     return Bilinear(levels)
