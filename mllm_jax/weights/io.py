@@ -1,4 +1,4 @@
-"""Files of weights: safetensors and PyTorch's .bin, whole or in shards, read slice by slice.
+"""Files of weights: safetensors, PyTorch's .bin and Lightning's .ckpt, whole or in shards, read slice by slice.
 
 `open_weights` reads only the headers. Local files are mapped into memory and remote ones read by ranges, so that a
 device's slice of a tensor is all that is read for that device.
@@ -22,7 +22,7 @@ __all__ = ["Index", "Tensors", "Weights", "WeightsError", "open_weights"]
 LISTED = 12  # files of one kind that an error names
 # By preference: safetensors first, as transformers does. The last is what LLaVA-SP's first stage writes.
 SINGLE_FILES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin", "model.bin")
-FORMATS = {".safetensors": safetensors_file.parse, ".bin": torch_bin.parse}
+FORMATS = {".safetensors": safetensors_file.parse, ".bin": torch_bin.parse, ".ckpt": torch_bin.parse_lightning}
 
 
 class File:
@@ -93,7 +93,7 @@ class Weights:
 
 
 def open_weights(path: Place) -> Weights:
-  """Opens a checkpoint: a .safetensors or .bin file, an index of shards (.index.json), or a folder with one of them.
+  """Opens a checkpoint: a .safetensors, .bin or .ckpt file, an index of shards (.index.json), or a folder with one of them.
 
   The path is local, or remote with a protocol that fsspec knows, such as gs://bucket/folder. In a folder these are
   looked for: model.safetensors, adapter_model.safetensors, pytorch_model.bin or adapter_model.bin, each whole or as
@@ -105,7 +105,7 @@ def open_weights(path: Place) -> Weights:
   if places.is_dir(path):
     path = find(path)
   if not places.is_file(path):
-    raise missing(path, "a .safetensors or .bin file, or a folder with one")
+    raise missing(path, "a .safetensors, .bin or .ckpt file, or a folder with one")
   if str(path).endswith(".index.json"):
     return open_shards(path)
   file = open_file(path)
@@ -116,7 +116,7 @@ def open_file(path: Place) -> File:
   """Opens one file by its suffix."""
   parse = FORMATS.get(suffix(places.base_name(path)))
   if parse is None:
-    raise WeightsError(f"{path} is neither .safetensors nor .bin; name a file of weights or its folder")
+    raise WeightsError(f"{path} is neither .safetensors nor .bin nor .ckpt; name a file of weights or its folder")
   source = places.open_bytes(path)
   return File(path, source, parse(path, source))
 

@@ -18,10 +18,11 @@ from mllm_jax.weights import buffers
 from mllm_jax.weights.buffers import Index
 from mllm_jax.weights.io import Weights
 from mllm_jax.weights.known import WeightsError
-from mllm_jax.weights.tables import LAYER, PatchKernel, Row, Table, Transform
+from mllm_jax.weights.tables import PatchKernel, Row, Table, Transform
 from mllm_jax.weights.tensors import InMemory, Tensors, is_float
 
 READ_BYTES = 2**27  # of a file, between two releases of its pages
+ORDINALS = ("first", "second", "third")
 LISTED = 12  # problems of one kind that an error spells out
 
 
@@ -68,22 +69,22 @@ class Ours:
     index = index or buffers.whole(self.shapes[path])
     out = buffers.empty(tuple(part.stop - part.start for part in index), self.dtype(path))
     if not source.row.stacked:
-      self._fill(out, source.names[0], source.row.transform, index)
+      self._fill(out, source.names[0], source.row, index)
       return out
     for place, layer in enumerate(range(index[0].start, index[0].stop)):
-      self._fill(out[place], source.names[layer], source.row.transform, index[1:])
+      self._fill(out[place], source.names[layer], source.row, index[1:])
     return out
 
-  def _fill(self, out: np.ndarray, name: str, transform: Transform, index: Index) -> None:
+  def _fill(self, out: np.ndarray, name: str, row: Row, index: Index) -> None:
     """Copies a part of one tensor, giving back what was read of the file as it goes: a part that is small may be spread
     over all of a large tensor."""
-    shape = self.weights.shape(name)
+    shape, transform, source = self.weights.shape(name), row.transform, row.source(self.weights)
     if not shape:
       out[...] = self.weights.read(name)
       return
     span = math.prod(shape[1:]) * self.weights.dtype(name).itemsize
     for cut in cuts(index, transform.outer, span):
-      buffers.copy(out[buffers.within(cut, index)], transform.read(self.weights, name, cut))
+      buffers.copy(out[buffers.within(cut, index)], transform.read(source, name, cut))
       self.weights.release(name)
 
   def release(self, path: str) -> None:
@@ -105,37 +106,52 @@ class Theirs:
         f"cannot export: no name for {nameless}, no array for {absent}; the table and the model must be of the "
         "same configuration"
       )
-    self.entries: dict[str, tuple[Row, Index]] = {}
+    # By name the rows that fill the tensor, one part after another, and the place in their stacks.
+    self.entries: dict[str, tuple[list[Row], Index]] = {}
     layers = max((ours.shape(path)[0] for path, row in rows.items() if row.stacked), default=0)
     for layer in range(layers):  # a layer's tensors side by side, as other tools write them
       for row in table.rows:
         if row.stacked and layer < ours.shape(row.ours)[0]:
-          name = table.prefix + row.foreign.replace(LAYER, str(layer))
-          self.entries[name] = row, (slice(layer, layer + 1),)
-    self.entries |= {table.prefix + row.foreign: (row, ()) for row in table.rows if not row.stacked}
+          self.entries[table.prefix + row.name(layer)] = [row], (slice(layer, layer + 1),)
+    for row in table.rows:
+      if not row.stacked:
+        self.entries.setdefault(table.prefix + row.foreign, ([], ()))[0].append(row)
 
   def names(self) -> list[str]:
     return list(self.entries)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    row, layer = self.entries[name]
-    return row.transform.foreign_shape(self.ours.shape(row.ours)[len(layer) :])
+    rows, layer = self.entries[name]
+    shape = rows[0].transform.foreign_shape(self.ours.shape(rows[0].ours)[len(layer) :])
+    return (len(rows) * shape[0], *shape[1:]) if len(rows) > 1 else shape
 
   def dtype(self, name: str) -> np.dtype:
-    return self.ours.dtype(self.entries[name][0].ours)
+    return functools.reduce(jnp.promote_types, {self.ours.dtype(row.ours) for row in self.entries[name][0]})
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
-    row, layer = self.entries[name]
+    rows, layer = self.entries[name]
     index = index or buffers.whole(self.shape(name))
     out = buffers.empty(tuple(part.stop - part.start for part in index), self.dtype(name))
+    if len(rows) == 1:
+      self._fill(out, rows[0], layer, index)
+      return out
+    length = self.shape(name)[0] // len(rows)
+    first = index[0]
+    for number, row in enumerate(sorted(rows, key=lambda row: row.part)):
+      start, stop = (min(max(end - number * length, 0), length) for end in (first.start, first.stop))
+      place = number * length - first.start
+      if start < stop:
+        self._fill(out[place + start : place + stop], row, layer, (slice(start, stop), *index[1:]))
+    return out
+
+  def _fill(self, out: np.ndarray, row: Row, layer: Index, index: Index) -> None:
     if not index:
       out[...] = row.transform.read_foreign(self.ours, row.ours, layer, index)
-      return out
+      return
     span = math.prod(self.ours.shape(row.ours)[len(layer) + 1 :]) * out.itemsize
     for cut in cuts(index, row.transform.foreign_outer, span):
       buffers.copy(out[buffers.within(cut, index)], row.transform.read_foreign(self.ours, row.ours, layer, cut))
       self.ours.release(row.ours)
-    return out
 
   def release(self, name: str) -> None:
     pass  # read copies, and has released what it read
@@ -205,14 +221,16 @@ def match(weights: Weights, table: Table, shapes: Mapping[str, tuple[int, ...]])
     renamed = table.rename(name)
     if any(re.fullmatch(pattern, renamed) for pattern, _ in table.ignored):
       continue
-    row, layer = next(((row, layer) for row in table.rows if (layer := row.match(renamed)) is not None), (None, 0))
-    if row is None or row.ours not in shapes or (row.stacked and layer >= shapes[row.ours][0]):
+    found = [(row, layer) for row in table.rows if (layer := row.match(renamed)) is not None]
+    found = [(row, layer) for row, layer in found if row.ours in shapes]
+    if not found or any(row.stacked and layer >= shapes[row.ours][0] for row, layer in found):
       problems.append(f"unexpected: {name} {weights.shape(name)}" + hint(table, renamed))
       continue
-    names = sources.setdefault(row.ours, Source(row, {})).names
-    if layer in names:
-      problems.append(f"twice: {names[layer]} and {name} both stand for {row.ours}")
-    names[layer] = name
+    for row, layer in found:
+      names = sources.setdefault(row.ours, Source(row, {})).names
+      if layer in names:
+        problems.append(f"twice: {names[layer]} and {name} both stand for {row.ours}")
+      names[layer] = name
   lacking = [(path, problem) for path, shape in shapes.items() if (problem := absence(table, path, shape, sources))]
   for path, problem in lacking:
     sources.pop(path, None)
@@ -229,7 +247,7 @@ def absence(table: Table, path: str, shape: tuple[int, ...], sources: Mapping[st
   absent = [layer for layer in range(shape[0] if row.stacked else 1) if layer not in found]
   if not absent:
     return ""
-  name = table.prefix + row.foreign.replace(LAYER, str(absent[0]))
+  name = table.prefix + row.name(absent[0])
   layers = f" and {len(absent) - 1} other layers of it" if len(absent) > 1 else ""
   return f"missing: {name}{layers}, for {path} {shape}" + hint(table, row.foreign)
 
@@ -242,12 +260,15 @@ def hint(table: Table, name: str) -> str:
 def misfits(weights: Weights, path: str, source: Source, shape: tuple[int, ...]) -> list[str]:
   """What is wrong with the shapes and types of the tensors of one path; only the first of its layers is told."""
   row, wanted = source.row, shape[1:] if source.row.stacked else shape
+  number, parts = row.part
   for name in source.names.values():
     stored = weights.shape(name)
-    if row.transform.shape(stored) != wanted:
+    divided = parts == 1 or (stored and stored[0] % parts == 0)
+    if not divided or row.transform.shape(row.source(weights).shape(name)) != wanted:
       turned = sorted(stored) == sorted(wanted)
       cause = "the same lengths in another order: it was saved transposed" if turned else row.hint
-      needed = f"{path} needs {wanted} of it{describe(row.transform)}"
+      share = f", the {ORDINALS[number]} of {parts} equal parts" if parts > 1 else ""
+      needed = f"{path} needs {wanted} of it{describe(row.transform)}{share}"
       return [f"shape: {name} is {stored} in the file, and {needed}; {cause}"]
     if not is_float(weights.dtype(name)):
       return [
@@ -261,7 +282,8 @@ def describe(transform: Transform) -> str:
   """What a transform does, as the end of a sentence."""
   if isinstance(transform, PatchKernel):
     return " after flattening its patches"
-  return f" after transposing by {transform.axes}" if transform.axes else ""
+  dropped = " and leaving out axes of length 1" if transform.rank > len(transform.axes) else ""
+  return f" after transposing by {transform.axes}{dropped}" if transform.axes else ""
 
 
 def report(weights: Weights, problems: list[str]) -> str:

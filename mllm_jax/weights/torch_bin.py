@@ -23,8 +23,10 @@ DAMAGED = "download it again"
 Locate = Callable[[Storage], int]  # the byte at which a storage starts, after checking its size
 
 
-def parse(path: Place, source: Bytes) -> dict[str, Stored]:
+def parse(path: Place, source: Bytes, within: str = "") -> dict[str, Stored]:
   """The tensors of a file that `torch.save` wrote of a flat dictionary.
+
+  within: the entry of that dictionary that may hold the tensors instead, whatever the others are ("": none).
 
   Raises WeightsError for a damaged file, a pickle that asks for anything but tensors, names that stand twice, storages
   whose size is not what the pickle says or that overlap, tensors that reach beyond their storage or overlap themselves.
@@ -50,7 +52,15 @@ def parse(path: Place, source: Bytes) -> dict[str, Stored]:
     raise WeightsError(f"{path} is refused: {error}; {error.remedy}") from error
   if not isinstance(content, dict):
     raise WeightsError(f"{path} holds a {type(content).__name__} instead of a dictionary of tensors; {ONLY_TENSORS}")
+  if within and isinstance(content.get(within), dict):
+    content = content[within]
   return {checked_name(path, name, tensor): stored(path, name, tensor, locate) for name, tensor in content.items()}
+
+
+def parse_lightning(path: Place, source: Bytes) -> dict[str, Stored]:
+  """The weights in a checkpoint that PyTorch Lightning saved, beside which stand counters and the optimizer's state; or
+  those of a flat dictionary. Raises as `parse`."""
+  return parse(path, source, within="state_dict")
 
 
 def parse_zip(path: Place, source: Bytes) -> tuple[object, Locate]:
