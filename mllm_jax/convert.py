@@ -23,6 +23,7 @@ model.safetensors, tokenizer/). --model is recognised by what is in it:
   Llama, Vicuna, Qwen2     safetensors or pytorch_model.bin, whole or in shards
   LLaVA-1.5                as liuhaotian released it, and as llava-hf
   LLaVA-SP as released     a whole model, or a LoRA run (adapter, non_lora_trainables.bin) with --llm and --vision
+  LLaVA-UHD v2 as released a whole model, or its first stage's mm_projector.bin with --llm and --vision
   PEFT adapter             with --llm
   mllm_jax                 a folder made here, or a training run's
 
@@ -39,7 +40,7 @@ EXPORT = """Writes a model's folder for other tools:
 
   hf        LLaVA-1.5-type models in llava-hf's names with processor, tokenizer and chat template, for transformers
             4.57 and 5, vLLM and SGLang; pictures stay padded to a square (do_pad)
-  official  what the released LLaVA and LLaVA-SP code loads
+  official  what the released LLaVA, LLaVA-SP and LLaVA-UHD v2 code loads
   peft      the adapter and the projector only
 
 examples:
@@ -72,6 +73,14 @@ def parser() -> Parser:
   add_parts(read)
   read.add_argument("--merge", action="store_true", help="fold the adapter into the language model")
   read.add_argument("--dtype", default="", choices=("bfloat16", "float16", "float32"), help="default: as stored")
+  read.add_argument(
+    "--levels",
+    default=(),
+    type=levels,
+    metavar="0,2",
+    help="of LLaVA-UHD v2 as released: the levels its projector attends to (default: those its checkpoint was trained "
+    "with)",
+  )
   add_out(read)
 
   write = command("export", EXPORT, "a model -> a folder that other tools load")
@@ -113,6 +122,11 @@ def parser() -> Parser:
   )
   add_parts(compare, "of both, where a path does not hold them: ")
   return top
+
+
+def levels(text: str) -> tuple[int, ...]:
+  """Levels from the command line."""
+  return tuple(int(level) for level in text.split(","))
 
 
 def add_parts(command: argparse.ArgumentParser, which: str = "") -> None:
@@ -202,8 +216,8 @@ def open_checkpoint(path: str, args: argparse.Namespace | None = None):
   """The model at a path, with the parts that the command line names."""
   from mllm_jax import build
 
-  names = ("vision", "llm", "projector", "adapter", "template")
-  return build.open_any(path, **{name: getattr(args, name, "") for name in names})
+  names = ("vision", "llm", "projector", "adapter", "template", "levels")
+  return build.open_any(path, **{name: getattr(args, name) for name in names if getattr(args, name, "")})
 
 
 def describe(stored) -> None:

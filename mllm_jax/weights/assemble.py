@@ -11,7 +11,7 @@ from mllm_jax.config import LoraConfig, ModelConfig, VisionConfig
 from mllm_jax.models import projectors
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.vision import VisionTower
-from mllm_jax.weights import peft
+from mllm_jax.weights import hiwin, peft
 from mllm_jax.weights.fingerprint import fingerprint
 from mllm_jax.weights.folder import Manifest
 from mllm_jax.weights.known import WeightsError, lookup
@@ -75,7 +75,14 @@ class StoredModel:
 
 
 def open_model(
-  model: str = "", *, vision: str = "", llm: str = "", projector: str = "", adapter: str = "", template: str = ""
+  model: str = "",
+  *,
+  vision: str = "",
+  llm: str = "",
+  projector: str = "",
+  adapter: str = "",
+  template: str = "",
+  levels: tuple[int, ...] = (),
 ) -> StoredModel:
   """A model from one checkpoint, from several, or from one whose parts others replace.
 
@@ -83,6 +90,7 @@ def open_model(
     model: anything `recognise` knows. What it does not hold, and names as a local folder, is taken from there.
     vision, llm, projector, adapter: checkpoints whose part is taken instead of the model's.
     template: of the conversations, where the checkpoint does not say.
+    levels: of the pyramid that a released LLaVA-UHD v2's projector attends to, whatever its checkpoint says.
 
   Raises WeightsError where something is missing, of an unknown kind, or does not fit together.
   """
@@ -104,7 +112,19 @@ def open_model(
         chosen[name] = found, found.parts[name]
   if founds["decoder"] is not None and "lora" in founds["decoder"].parts and "lora" not in chosen:
     raise WeightsError(f"{llm} has an adapter beside its language model; merge it first, or name it as --model")
+  if levels:
+    chosen["projector"] = with_levels(chosen.get("projector"), levels)
   return put_together(chosen, whole, template)
+
+
+def with_levels(projector: tuple[Found, Part] | None, levels: tuple[int, ...]) -> tuple[Found, Part]:
+  """A projector of LLaVA-UHD v2 as released, with other levels. Raises WeightsError for any other one."""
+  found, part = projector or (None, None)
+  if part is None or part.table is None or part.config is None or part.config.kind != "hiwin":
+    what = f"{found.path} is a {found.family}" if found is not None else "no projector is named"
+    raise WeightsError(f"levels {levels} are for a projector of LLaVA-UHD v2 as released, and {what}; leave them out")
+  config = hiwin.with_levels(part.config, levels, part.weights, str(part.weights.path))
+  return found, dataclasses.replace(part, config=config)
 
 
 def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, template: str) -> StoredModel:
@@ -132,7 +152,8 @@ def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, 
       )
     configs["projector"] = projector_config(chosen["projector"][1], configs["vision"].grid)
   if not configs:
-    raise WeightsError("no checkpoint named; --model, or --vision and --llm")
+    alone = f"{whole.path} is a {whole.family}, which is no model; a run starts from it by model.vdim_weights"
+    raise WeightsError(alone if whole is not None else "no checkpoint named; --model, or --vision and --llm")
   ordered = {name: configs[name] for name in PARTS if name in configs}
   sources, tensors = {}, []
   for name in ordered:
@@ -152,6 +173,8 @@ def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, 
   templates = [found.template for found, _ in chosen.values() if found.template]
   manifest = Manifest(ordered, template or (templates or [DEFAULT_TEMPLATE])[0], sources)
   notes = dict.fromkeys(note for found, _ in chosen.values() for note in found.notes)
+  if "projector" in chosen and chosen["projector"][1].table is not None and configs["projector"].any_aspect:
+    notes |= dict.fromkeys(hiwin.notes(chosen["projector"][1].weights.names(), configs["projector"]))
   return StoredModel(manifest, Joined(*tensors), tokens, tuple(notes))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.config import LoraConfig, ModelConfig
-from mllm_jax.weights import clip, folder, llama, mlp, peft, side_files, siglip
+from mllm_jax.weights import clip, folder, hiwin, llama, mlp, peft, side_files, siglip
 from mllm_jax.weights.assemble import StoredModel, belongs
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.mapping import Theirs
@@ -18,6 +18,7 @@ from mllm_jax.weights.tensors import Cast, Chosen, InMemory, Joined, MoreRows, T
 from mllm_jax.weights.write import write_safetensors, write_torch_bin
 
 FORMATS = ("hf", "official", "peft")
+OFFICIAL_TOWER = "model.vision_tower.vision_tower.vision_model."
 CLASSIC_TOWER = "vision_tower.vision_model."  # llava-hf's names before transformers 4.52, which every version reads
 CLASSIC_DECODER = "language_model."
 LLAVA_HF_ADAPTER = "base_model.model.model.language_model."  # where transformers since 4.52 keeps the decoder
@@ -41,8 +42,8 @@ def export(
   """Writes a model's folder in another tool's layout.
 
   Args:
-    layout: "hf" (LLaVA-1.5-type models, for transformers, vLLM and SGLang), "official" (what the released LLaVA and
-      LLaVA-SP code loads) or "peft" (the adapter and the projector only).
+    layout: "hf" (LLaVA-1.5-type models, for transformers, vLLM and SGLang), "official" (what the released code of
+      LLaVA, LLaVA-SP and LLaVA-UHD v2 loads) or "peft" (the adapter and the projector only).
     merge: folds the adapter into the decoder; otherwise it is written apart.
     dtype: of the weights, "" for the one that most of them are stored in.
     vision_tower: of "official", where the released code shall find the tower: a folder or a repository; "" for where
@@ -123,8 +124,11 @@ def write_official(
     write_adapter(out, source, lora, base, peft.PREFIX, progress)
     write_torch_bin(out / "non_lora_trainables.bin", projector(source, config, RELEASED_PROJECTOR), progress=progress)
   else:
-    decoder = Theirs(part(source, "decoder"), llama.table(config.decoder))
-    write_safetensors(out, Joined(decoder, projector(source, config, mlp.PREFIX)), progress=progress)
+    tensors = [Theirs(part(source, "decoder"), llama.table(config.decoder))]
+    if config.projector.any_aspect:  # its second stage trains the tower too, so that is in what it saves
+      tower_family = clip if config.vision.class_token else siglip
+      tensors.append(Theirs(part(source, "vision"), tower_family.table(config.vision, OFFICIAL_TOWER)))
+    write_safetensors(out, Joined(*tensors, projector(source, config, mlp.PREFIX)), progress=progress)
   side_files.write_official(
     out,
     config,
@@ -148,10 +152,14 @@ def write_adapter(
   (out / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def projector(source: Tensors, config: ModelConfig, prefix: str) -> Tensors:
-  """The projector in the released names, behind `prefix`."""
+def projector(source: Cast, config: ModelConfig, prefix: str) -> Tensors:
+  """The projector in the released names, behind `prefix`, with all that the released class needs."""
   table = projector_table(config.projector, config.vision.grid)
-  return Theirs(part(source, "projector"), Table(table.rows, prefix=prefix))
+  tensors = Theirs(part(source, "projector"), Table(table.rows, prefix=prefix))
+  if not config.projector.any_aspect:
+    return tensors
+  extra = hiwin.placeholders(config.projector, config.vision.width, config.decoder.width)
+  return Joined(tensors, Cast(InMemory({prefix + name: array for name, array in extra.items()}), source.to))
 
 
 def part(source: Tensors, name: str) -> Tensors:

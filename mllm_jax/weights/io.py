@@ -93,7 +93,8 @@ class Weights:
 
 
 def open_weights(path: Place) -> Weights:
-  """Opens a checkpoint: a .safetensors, .bin or .ckpt file, an index of shards (.index.json), or a folder with one of them.
+  """Opens a checkpoint: a .safetensors, .bin or .ckpt file, an index of shards (.index.json), or a folder with one of
+  them.
 
   The path is local, or remote with a protocol that fsspec knows, such as gs://bucket/folder. In a folder these are
   looked for: model.safetensors, adapter_model.safetensors, pytorch_model.bin or adapter_model.bin, each whole or as

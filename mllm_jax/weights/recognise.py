@@ -1,7 +1,8 @@
 """What a folder or file of weights is, told from its configuration and the names in it.
 
 A checkpoint holds one part of a model or several: `vision`, `decoder`, `projector`, `lora`. `recognise` finds them and
-reads configurations only; the weights are opened, and no tensor is read.
+reads configurations; the weights are opened, and of their tensors only a few vectors are read where a projector's
+configuration is told by nothing else. VDIM alone, which is less than a projector, is the part `vdim`; `weights.vdim` reads it.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from mllm_jax import places
 from mllm_jax.config import DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.tiles import GRIDS
-from mllm_jax.weights import clip, folder, llama, mlp, peft, qwen2, siglip, spatial
+from mllm_jax.weights import clip, folder, hiwin, llama, mlp, peft, qwen2, siglip, spatial
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, missing, read_json
 from mllm_jax.weights.tables import Table
@@ -121,9 +122,10 @@ def of_adapter(path: places.Place, local: Path, names: list[str]) -> Found:
     return found
   trained = open_weights(places.join(path, "non_lora_trainables.bin"))
   family = f"{projector_family(trained)} with LoRA of rank {lora.rank}, as the released code leaves it"
-  parts["projector"] = Part(trained, str(path), None, projector_table)
+  content = read_json(local / "config.json", "") if "config.json" in names else {}
+  parts["projector"] = projector_part(path, trained, content)
   found = dataclasses.replace(found, family=family, tokenizer=tokenizer_of(local, names))
-  return with_official_fields(found, local) if "config.json" in names else found
+  return with_official_fields(found, local) if content else found
 
 
 def of_config(path: places.Place, local: Path, names: list[str]) -> Found:
@@ -199,11 +201,10 @@ def cropping(local: Path) -> tuple[str, ...]:
 
 
 def of_official(path: places.Place, local: Path, names: list[str], family) -> Found:
-  """A whole model as LLaVA's and LLaVA-SP's own code saves it."""
-  weights = open_weights(path)
+  """A whole model as LLaVA's, LLaVA-SP's and LLaVA-UHD v2's own code saves it."""
+  weights, content = open_weights(path), read_json(local / "config.json", "")
   config = family.parse(
-    {key: value for key, value in read_json(local / "config.json", "").items() if key != "model_type"},
-    str(places.join(path, "config.json")),
+    {key: value for key, value in content.items() if key != "model_type"}, str(places.join(path, "config.json"))
   )
   if "lm_head.weight" not in weights.names() and not config.tied_embeddings:
     config = dataclasses.replace(config, tied_embeddings=True)
@@ -213,7 +214,7 @@ def of_official(path: places.Place, local: Path, names: list[str], family) -> Fo
     tower = siglip if holds(weights, r".*vision_tower.*patch_embedding\.bias") else clip
     parts["vision"] = part(None, lambda config, grid: tower.table(config))
   if holds(weights, r".*mm_projector\..*"):
-    parts["projector"] = part(None, projector_table)
+    parts["projector"] = projector_part(path, weights, content)
   found = Found(str(path), projector_family(weights) + " as released", parts, tokenizer_of(local, names))
   return with_official_fields(found, local)
 
@@ -222,11 +223,13 @@ def with_official_fields(found: Found, local: Path) -> Found:
   """What the config.json of the released code says about the tower."""
   where = str(places.join(found.path, "config.json"))
   content = read_json(local / "config.json", "the configuration of a LLaVA model")
+  projector = found.parts["projector"].config if "projector" in found.parts else None
+  uhd = projector is not None and projector.any_aspect
   refuse(
     where,
     content,
     {
-      "mm_projector_type": ("mlp2x_gelu",),
+      "mm_projector_type": (hiwin.TYPES.get(projector.query_grid),) if uhd else ("mlp2x_gelu",),
       "mm_vision_select_feature": ("patch",),
       "mm_use_im_start_end": (False,),
       "mm_patch_merge_type": ("flat", "spatial_unpad"),
@@ -240,22 +243,36 @@ def with_official_fields(found: Found, local: Path) -> Found:
     refuse(where, {"mm_patch_merge_type": "flat"} | content, tiled | {"mm_patch_merge_type": ("spatial_unpad",)})
   layer = content.get("mm_vision_select_layer")
   tower = content.get("mm_vision_tower") or content.get("vision_tower") or ""
-  return dataclasses.replace(found, select_layer=layer, tower=str(tower), template="vicuna_v1")
+  # LLaVA-UHD v2's code trains Qwen2 on its own conversations, with labels of its own.
+  qwen = uhd and "decoder" in found.parts and found.parts["decoder"].config.attention_bias
+  template = "chatml_released" if qwen else "vicuna_v1"
+  return dataclasses.replace(found, select_layer=layer, tower=str(tower), template=template)
 
 
 def projector_alone(path: places.Place, weights: Weights) -> Found:
-  """A file with a projector and nothing else that is known."""
+  """A file with a projector, or VDIM alone, and nothing else that is known."""
+  if hiwin.vdim_levels(weights.names()) and not holds(weights, r".*mm_projector\..*"):
+    return Found(str(path), "VDIM of LLaVA-UHD v2", {"vdim": Part(weights, str(path), None, None)})
   if not holds(weights, r".*(mm_projector|multi_modal_projector|conv_\d+)\..*"):
     some = ", ".join(weights.names()[:4])
     raise WeightsError(
       f"{weights.path} holds no projector, and there is no config.json beside it that says what else it is; its "
       f"{len(weights.names())} tensors begin with {some}"
     )
-  return Found(str(path), projector_family(weights), {"projector": Part(weights, str(path), None, projector_table)})
+  return Found(str(path), projector_family(weights), {"projector": projector_part(path, weights, {})})
+
+
+def projector_part(path: places.Place, weights: Weights, content: Mapping[str, Any]) -> Part:
+  """The projector in the released names. LLaVA-UHD v2's is told by itself and the `content` of config.json."""
+  uhd = hiwin.is_released(weights.names())
+  config = hiwin.recognise(weights, content, str(weights.path)) if uhd else None
+  return Part(weights, str(path), config, projector_table)
 
 
 def projector_family(weights: Weights) -> str:
-  """Whether a projector is LLaVA-1.5's or LLaVA-SP's."""
+  """Whose a projector is: LLaVA-1.5's, LLaVA-SP's or LLaVA-UHD v2's."""
+  if hiwin.is_released(weights.names()):
+    return "LLaVA-UHD v2"
   return "LLaVA-SP" if holds(weights, r".*\bconv_\w+\.(1\.)?weight") else "LLaVA-1.5"
 
 
@@ -263,7 +280,7 @@ def projector_table(config: ProjectorConfig, grid: int) -> Table:
   """The table of a projector in the released names."""
   if config.kind == "mlp2x_gelu":
     return mlp.table(image_newline=config.image_newline)
-  return spatial.table(config, grid)
+  return hiwin.table(config) if config.any_aspect else spatial.table(config, grid)
 
 
 def projector_config(part: Part, grid: int) -> ProjectorConfig:

@@ -1,4 +1,4 @@
-"""The layout of the released code of LLaVA 1.5 and LLaVA-SP."""
+"""The layout of the released code of LLaVA 1.5, LLaVA-SP and LLaVA-UHD v2."""
 
 import dataclasses
 import shutil
@@ -9,6 +9,7 @@ from mllm_jax.config import ConfigError, ModelConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.tiles import GRIDS
 from mllm_jax.models.projectors.spatial import map_sizes
+from mllm_jax.weights import hiwin
 from mllm_jax.weights.side_files.files import check_dtype, text_config, write_json
 
 TOKENIZER_FILES = (
@@ -18,7 +19,9 @@ TOKENIZER_FILES = (
   "special_tokens_map.json",
   "added_tokens.json",
 )
-MODEL_MAX_LENGTH = 2048  # tokens of a training row in the released scripts
+MODEL_MAX_LENGTH, UHD_MAX_LENGTH = 2048, 4096  # tokens of a training row in the released scripts
+UHD_TRAINED = "mm_vision_tower,mm_mlp_adapter,mm_language_model"  # what its last stage trains
+LLAMA_SEPARATORS = (29892, 13)  # "," and a newline, which the released code of LLaVA-UHD v2 puts after slices
 TRANSFORMERS_VERSION = "4.37.2"  # what LLaVA 1.2, on which LLaVA-SP is built, is pinned to
 RELEASED_DFI_KERNEL = 16
 RELEASED_CONV_WIDTH = 512
@@ -61,11 +64,13 @@ def write_official(
   dtype: str,
   lora: bool,
 ) -> None:
-  """Writes every file but the weights, for the released code: of LLaVA-SP for a spatial projector, of LLaVA 1.5 else.
+  """Writes every file but the weights, for the released code: of LLaVA-SP for a spatial projector, of LLaVA-UHD v2 for
+  hiwin, of LLaVA 1.5 else.
 
   Args:
     folder: exists, or is made. The released code finds the kind of model in its name.
-    model: its tower is not part of the folder; the code loads it from `vision_source`.
+    model: its tower is not part of the folder; the code loads it from `vision_source`. LLaVA-UHD v2's does that too,
+      and then puts the weights of the folder in its place.
     tokenizer_folder: the language model's folder; its tokenizer's files are copied as they are.
     vision_source: folder or hub name of the tower. Whether it is CLIP is told by that name.
     base_model: folder or hub name of the language model, which an adapter is loaded onto.
@@ -86,12 +91,18 @@ def write_official(
   for name in TOKENIZER_FILES:
     if (source / name).is_file():
       shutil.copyfile(source / name, folder / name)
-  (folder / "README.md").write_text(readme(model, source, vision_source, base_model, lora), encoding="utf-8")
+  text = readme(model, source, vision_source, base_model, lora)
+  if model.projector.any_aspect:
+    text = uhd_readme(model, tokenizer, vision_source, base_model, lora)
+  (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def refuse(model: ModelConfig, vision_source: str) -> None:
   """Raises ConfigError where the released code would not load the model, or would load another one."""
-  if model.decoder.attention_bias:
+  uhd = model.projector.any_aspect
+  if uhd:
+    hiwin.fields(model.projector)
+  if model.decoder.attention_bias and not uhd:
     raise ConfigError(
       "decoder.attention_bias: the released code has no class for Qwen2; export to transformers instead"
     )
@@ -101,6 +112,8 @@ def refuse(model: ModelConfig, vision_source: str) -> None:
       "pinned to, knows no heads of another width than the decoder's by their number; export to transformers instead"
     )
   spatial, clip = model.projector.kind == "spatial", family(model.vision) == "clip"
+  if not clip and uhd:
+    raise ConfigError("how LLaVA-UHD v2's released code loads SigLIP is not known here; only CLIP is exported for it")
   if not clip and not spatial:
     raise ConfigError("LLaVA 1.5's released code loads CLIP towers only; export to transformers instead")
   if not vision_source:
@@ -112,6 +125,11 @@ def refuse(model: ModelConfig, vision_source: str) -> None:
   taken_for_clip = vision_source.startswith(("openai", "laion")) or any(
     part in vision_source for part in ("clip", "ShareGPT4V")
   )
+  if uhd and "clip" not in vision_source:
+    raise ConfigError(
+      f"vision_source={vision_source!r}: the released code of LLaVA-UHD v2 finds the tower's kind in that name; give "
+      "its folder a name with 'clip' in it"
+    )
   if spatial and clip != taken_for_clip:
     raise ConfigError(
       f"vision_source={vision_source!r}: by this name the released code of LLaVA-SP takes the tower for "
@@ -126,10 +144,11 @@ def family(vision: VisionConfig) -> str:
 
 def config(model: ModelConfig, vision_source: str, dtype: str) -> dict[str, Any]:
   """config.json, without ids."""
-  return {
-    "architectures": ["LlavaLlamaForCausalLM"],
+  qwen, uhd = model.decoder.attention_bias, model.projector.any_aspect
+  content = {
+    "architectures": ["LlavaQwenForCausalLM" if qwen else "LlavaLlamaForCausalLM"],
     **text_config(model.decoder),
-    "model_type": "llava_llama",
+    "model_type": "llava_qwen" if qwen else "llava_llama",
     "vocab_size": model.decoder.vocab_size,
     "pretraining_tp": 1,
     "rope_scaling": None,
@@ -149,8 +168,12 @@ def config(model: ModelConfig, vision_source: str, dtype: str) -> dict[str, Any]
     "tune_mm_mlp_adapter": False,
     "freeze_mm_mlp_adapter": False,
     "tokenizer_padding_side": "right",
-    "tokenizer_model_max_length": MODEL_MAX_LENGTH,
+    "tokenizer_model_max_length": UHD_MAX_LENGTH if uhd else MODEL_MAX_LENGTH,
   }
+  if not uhd:
+    return content
+  trained = {"mm_tunable_parts": UHD_TRAINED, "unfreeze_mm_vision_tower": True}
+  return content | hiwin.fields(model.projector) | trained | {"image_aspect_ratio": "square"}
 
 
 def image_aspect(model: ModelConfig) -> dict[str, Any]:
@@ -233,3 +256,45 @@ def _settings(model: ModelConfig) -> list[str]:
       f"`conv_CM` in `llava_arch.py` must have a kernel of {model.projector.dfi_kernel}, not {RELEASED_DFI_KERNEL}.",
     ]
   return lines
+
+
+def uhd_readme(
+  model: ModelConfig, tokenizer: chat.ChatTokenizer, vision_source: str, base_model: str, lora: bool
+) -> str:
+  """What to set in the released code of LLaVA-UHD v2, and which of its weights mean nothing."""
+  projector, extra = model.projector, hiwin.placeholders(model.projector, 1, 2)
+  layout = "True" if projector.organisation == "spatial" else "False"
+  held = "an adapter" if lora else "the language model, the vision tower"
+  whose = f" for `{base_model}`" if lora else ""
+  lines = [
+    "# For the released code of LLaVA-UHD v2 (github.com/thunlp/LLaVA-UHD)",
+    "",
+    f"Weights: {held}{whose} and the projector. The tower is built from `{vision_source}`.",
+    "",
+    "## What the code must say",
+    "",
+    f"- `llava/model/llava_arch.py`: `UsePermute = {layout}`, by which the tokens of slices are laid out.",
+    *_separators(projector.separators, tokenizer),
+  ]
+  if max(projector.levels) == 3:
+    lines.append("- It has weights for level 3 (8x) and no forward pass: that must be written first.")
+  names = ", ".join(f"`{name.removeprefix(hiwin.STEM)}`" for name in extra)
+  lines += [
+    "- `slice_organisation` and `slice_separators` in config.json are for mllm_jax; the code does not look at them.",
+    "",
+    "## Placeholders",
+    "",
+    "The released class has more weights than it computes with. These are here so that it loads, as it initialises them,",
+    f"and were never trained: {names}.",
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _separators(kind: str, tokenizer: chat.ChatTokenizer) -> list[str]:
+  ids = tuple(tokenizer.inside_id(text) for text in (",", "\n")) if kind == "text" else LLAMA_SEPARATORS
+  if ids == LLAMA_SEPARATORS:
+    return []
+  return [
+    f"- `llava/slice_process.py`: the tokens after slices are {ids[0]} and {ids[1]}, not {LLAMA_SEPARATORS[0]} and "
+    f"{LLAMA_SEPARATORS[1]}."
+  ]
