@@ -29,8 +29,8 @@ class Places(NamedTuple):
 class Aspect(Protocol):
   """How images are made to fit.
 
-  tokens_per_crop: T. patches: P, the most that a crop has. most_crops: how many an image can become. whole: which of the
-  crops shows the whole image.
+  tokens_per_crop: T. patches: P, the most that a crop has. most_crops: how many an image can become. whole: which of
+  the crops shows the whole image.
   """
 
   vision: VisionConfig

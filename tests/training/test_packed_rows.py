@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from steps import CONFIG, TOKENS, Training, initial_parameters, make_batch
 
-from mllm_jax.data.aspects import Square
 from mllm_jax import parameters
 from mllm_jax.batch import Batch
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.processor import Row, collate, join_rows
 from mllm_jax.models.mllm import Mllm
 
