@@ -176,9 +176,7 @@ def table_weights(pooling: Pooling, grids: jax.Array, side: int, patches: int) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def pool(
-  pooling: Pooling, features: jax.Array, scale: jax.Array, grids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def pool(pooling: Pooling, features: jax.Array, scale: jax.Array, grids: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Pools flat maps, each cell scaled by a number of its own: (tokens [N, g, g, t, C], pooled scale [N, g, g, t]).
 
   features: [N, length, C], flat maps of any float type, whose padding may hold any finite numbers; scale: float32
