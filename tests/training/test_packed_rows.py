@@ -68,9 +68,7 @@ def test_packed_logits_are_those_of_the_samples_alone(logits):
 def test_a_step_on_packed_rows_is_that_on_the_samples_rows():
   samples = [sample(n % 4, seed=n // 4) for n in range(8)]
   alone = collate([join_rows([row], 96, 1, ASPECT) for row in samples])
-  together = collate(
-    [join_rows(part, LENGTH, CROPS, ASPECT) for part in (samples[:4], samples[4:5], samples[5:], [])]
-  )
+  together = collate([join_rows(part, LENGTH, CROPS, ASPECT) for part in (samples[:4], samples[4:5], samples[5:], [])])
   expected, found, cut = Training(dropout=0.0), Training(dropout=0.0), Training(dropout=0.0, accumulation=2)
   for _ in range(3):
     numbers = expected.step(alone)
