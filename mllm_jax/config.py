@@ -277,6 +277,7 @@ class Config:
 
   name: str = ""
   demo: bool = False  # write the digits data set into {workdir}/data first
+  demo_shapes: bool = False  # with wide, tall and large pictures
   seed: int = 0
   stages: str = "pretrain,finetune"
   model: ModelRecipe = dataclasses.field(default_factory=ModelRecipe)

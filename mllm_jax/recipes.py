@@ -1,4 +1,7 @@
-"""What the recipes in `configs/` share: the two stages of LLaVA-1.5, which LLaVA-SP keeps, and their demo."""
+"""What the recipes in `configs/` share: the two stages of LLaVA-1.5, which LLaVA-SP keeps, those of LLaVA-UHD, and their
+demos."""
+
+import dataclasses
 
 from pathlib import Path
 
@@ -17,6 +20,9 @@ VISION = r"vision/.*"
 PROJECTOR = r"projector/.*"
 DECODER = r"decoder/(?!.*/lora/).*"
 LORA = r"decoder/.*/lora/[ab]"
+RESAMPLER = r"projector/resampler/.*"
+PYRAMID = r"projector/pyramid/(?!fixup_proj).*"
+PYRAMID_FIXUP = r"projector/pyramid/fixup_proj/.*"  # the last projection of VDIM
 DEMO_ASSETS = Path(__file__).parent / "demo" / "assets"
 
 
@@ -27,11 +33,15 @@ def parameter_table(projector: float, lora: float = 0.0) -> tuple[tuple[str, flo
 
 
 def llava(name: str, projector: ProjectorConfig, variant: str, demo_projector: ProjectorConfig) -> Config:
-  """The full-size recipe, or with variant "demo" the small one. Raises ConfigError for another variant."""
+  """The full-size recipe, with variant "demo" the small one, with "demo_shapes" that on pictures of many shapes. Raises
+  ConfigError for another variant."""
   if variant == "demo":
     return demo(name, demo_projector)
+  if variant == "demo_shapes":
+    config = demo(name, demo_projector)
+    return dataclasses.replace(config, name=f"{name}-demo_shapes", demo_shapes=True)
   if variant:
-    raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there is :demo")
+    raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there are :demo and :demo_shapes")
   return full_size(name, projector)
 
 
@@ -97,4 +107,83 @@ def demo(name: str, projector: ProjectorConfig) -> Config:
     log_every=5,
     checkpoint_every=100,
     loader_threads=2,
+  )
+
+
+def uhd_table(
+  projector: ProjectorConfig, resampler: float, others: float = 0.0, fixup: float = 0.0
+) -> tuple[tuple[str, float], ...]:
+  """Learning rates of LLaVA-UHD: of what makes the visual tokens, of both towers, and of VDIM's last projection. The rest
+  of VDIM is frozen; a pyramid that no stage of its own prepares learns with the resampler."""
+  pyramid = {"vdim": ((PYRAMID, 0.0), (PYRAMID_FIXUP, fixup)), "deconv": ((PYRAMID, resampler),)}
+  return ((VISION, others), (DECODER, others), (RESAMPLER, resampler), *pyramid.get(projector.pyramid, ()))
+
+
+def uhd(
+  name: str,
+  projector: ProjectorConfig,
+  variant: str,
+  *,
+  llm: str = "weights/vicuna-7b-v1.5",
+  pretrain_rate: float = 1e-3,
+  templates: tuple[str, str] = ("plain", "vicuna_v1"),
+  max_length: int = 3072,
+) -> Config:
+  """LLaVA-UHD v2's stages (section 4.1), or with variant "demo" the small ones. Raises ConfigError for another variant.
+
+  pretrain_rate: of the attention in the first stage: 1e-3 with Vicuna-7B, 2e-4 with Vicuna-13B and Qwen2-7B.
+  templates: of the two stages' conversations.
+  """
+  if variant == "demo":
+    return uhd_demo(name, projector)
+  if variant:
+    raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there is :demo")
+  slices = DataConfig(image_aspect="slices", max_slices=6, max_images=7, max_length=max_length)
+  return Config(
+    name=name,
+    model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm=llm, projector=projector),
+    pretrain=StageConfig(
+      data=dataclasses.replace(
+        slices,
+        path="playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+        image_folder="playground/data/LLaVA-Pretrain/images",
+        template=templates[0],
+        max_length=512,
+        max_slices=1,
+        max_images=1,
+      ),
+      parameters=uhd_table(projector, pretrain_rate),
+      batch_size=256,
+    ),
+    finetune=StageConfig(
+      data=dataclasses.replace(
+        slices,
+        path="playground/data/llava-uhdv2-sft.json",
+        image_folder="playground/data",
+        template=templates[1],
+      ),
+      parameters=uhd_table(projector, 2e-5, others=2e-5),
+      batch_size=128,
+    ),
+  )
+
+
+def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
+  """The stages of LLaVA-UHD on digits in pictures of many shapes: minutes on a laptop."""
+  base = demo(name, dataclasses.replace(projector, query_grid=4, head_width=32))
+  slices = dict(image_aspect="slices", max_slices=4)
+  return dataclasses.replace(
+    base,
+    demo_shapes=True,
+    pretrain=dataclasses.replace(
+      base.pretrain,
+      data=dataclasses.replace(base.pretrain.data, **slices | dict(max_slices=1), max_length=96),
+      parameters=uhd_table(projector, 3e-3),
+    ),
+    finetune=dataclasses.replace(
+      base.finetune,
+      data=dataclasses.replace(base.finetune.data, **slices, max_images=5, max_length=256),
+      lora=LoraConfig(),
+      parameters=uhd_table(projector, 1e-3, others=5e-4),
+    ),
   )

@@ -82,10 +82,11 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   # ---- workdir and data ----------------------------------------------------------------------------------------------
   workdir.mkdir(parents=True, exist_ok=True)
   if config.demo:
+    from mllm_jax.demo.write import Sizes
     from mllm_jax.demo.write import write as write_demo
 
     say(f"writing the digits data set to {workdir / 'data'}")
-    write_demo(workdir / "data", seed=0)
+    write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
 
   # ---- the stages ----------------------------------------------------------------------------------------------------
   log = MetricsLog(workdir, wandb_project=config.wandb_project, name=config.name, config=to_dict(config))

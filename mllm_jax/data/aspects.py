@@ -29,11 +29,13 @@ class Places(NamedTuple):
 class Aspect(Protocol):
   """How images are made to fit.
 
-  tokens_per_crop: T. most_crops: how many an image can become. whole: which of the crops shows the whole image.
+  tokens_per_crop: T. patches: P, the most that a crop has. most_crops: how many an image can become. whole: which of
+  the crops shows the whole image.
   """
 
   vision: VisionConfig
   tokens_per_crop: int
+  patches: int
   most_crops: int
   whole: int
 
@@ -62,6 +64,10 @@ class Square:
   most_crops: int = 1
   whole: int = 0
 
+  @property
+  def patches(self) -> int:
+    return self.vision.grid**2
+
   def tiling(self, width: int, height: int) -> tuple[int, int]:
     return 0, 0
 
@@ -86,6 +92,10 @@ class Anyres:
   tokens_per_crop: int
   most_crops: int = tiles.CROPS
   whole: int = 0
+
+  @property
+  def patches(self) -> int:
+    return self.vision.grid**2
 
   def tiling(self, width: int, height: int) -> tuple[int, int]:
     return tiles.best_grid(width, height, self.vision.image_size)
@@ -121,6 +131,10 @@ class Slices:
   def __post_init__(self):
     if math.isqrt(self.tokens_per_crop) ** 2 != self.tokens_per_crop:
       raise ValueError(f"{self.tokens_per_crop} tokens of a crop make no square map")
+
+  @property
+  def patches(self) -> int:
+    return slices.max_patches(self.vision)
 
   @property
   def most_crops(self) -> int:

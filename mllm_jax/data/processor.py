@@ -117,7 +117,7 @@ class Processor:
       ValueError: they take more than `length` places.
     """
     rows = [self.with_room(len(sample.images)).row(sample) for sample in samples]
-    return join_rows(rows, length, self.max_images, self.tokens_per_crop, self.vision)
+    return join_rows(rows, length, self.max_images, self.aspect)
 
   def prompt(
     self,
@@ -227,7 +227,7 @@ class Processor:
   def _patches(self, pictures: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [K, P, 3 p p] and int32 [K, 2]; what no picture uses stays 0."""
     self._check_room(sum(self.aspect.crops_of(*picture.size) for picture in pictures))
-    patches, grids = empty_patches(self.max_images, self.vision)
+    patches, grids = empty_patches(self.max_images, self.aspect)
     side, k = self.vision.patch_size, 0
     for picture in pictures:
       for crop in self.aspect.crops(picture):
@@ -287,24 +287,24 @@ def pad_row(row: Row, length: int) -> Row:
   return Row(*layout.pad(places, length), row.patches, row.grids)
 
 
-def join_rows(rows: Sequence[Row], length: int, max_images: int, tokens_per_crop: int, vision: VisionConfig) -> Row:
+def join_rows(rows: Sequence[Row], length: int, max_images: int, aspect: Aspect) -> Row:
   """Puts rows of one sample each behind one another, without their padding, as segments 1, 2, ... of one row.
 
   Positions restart in every segment; crops stand in the order of the samples, and visual_index counts on through their
-  table of tokens_per_crop tokens each.
+  table of `aspect.tokens_per_crop` tokens each.
 
   Raises:
     DataError: the crops are more than max_images.
     ValueError: the rows take more than `length` places.
   """
-  patches, grids = empty_patches(max_images, vision)
+  patches, grids = empty_patches(max_images, aspect)
   parts, crops = [[] for _ in layout.RowArrays._fields], 0
   for segment, row in enumerate(rows, start=1):
     used = int(row.grids.any(axis=1).sum())
     if crops + used > max_images:
       raise DataError(f"{crops + used} images, and a row has room for {max_images}; raise data.max_images")
     patches[crops : crops + used], grids[crops : crops + used] = row.patches[:used], row.grids[:used]
-    places = layout.take_segment(layout.RowArrays(*row[: len(parts)]), segment, crops * tokens_per_crop)
+    places = layout.take_segment(layout.RowArrays(*row[: len(parts)]), segment, crops * aspect.tokens_per_crop)
     for part, values in zip(parts, places, strict=True):
       part.append(values)
     crops += used
@@ -313,9 +313,9 @@ def join_rows(rows: Sequence[Row], length: int, max_images: int, tokens_per_crop
   return Row(*layout.pad(joined, length), patches, grids)
 
 
-def empty_patches(crops: int, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+def empty_patches(crops: int, aspect: Aspect) -> tuple[np.ndarray, np.ndarray]:
   """The patches uint8 [crops, P, 3 p p] and grids int32 [crops, 2] of no picture at all."""
-  return np.zeros((crops, vision.grid**2, vision.patch_values), np.uint8), np.zeros((crops, 2), np.int32)
+  return np.zeros((crops, aspect.patches, aspect.vision.patch_values), np.uint8), np.zeros((crops, 2), np.int32)
 
 
 def collate(rows: Iterable[Row]) -> Batch:

@@ -1,8 +1,9 @@
 """Scenes of handwritten digits, and the pictures of them.
 
 A scene is one to five scans, each with a colour, a size and a place, on a dark ground. The picture is cut into a 3 x 3
-raster of places and into 8 x 8 patches of 14 pixels (what the small vision tower sees); no place holds two digits, and
-a digit's centre lies well inside one patch.
+raster of places and into patches of 14 pixels; no place holds two digits, and a digit's centre lies well inside one
+patch. A picture of one tile has the 8 x 8 patches that the small vision tower sees. Wide, tall and large ones have more
+tiles, and digits of as many pixels: shrunk to one tile such a picture can hardly be read.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ COLOURS = {
 GROUNDS = {"black": (8, 8, 8), "gray": (75, 75, 75), "navy": (14, 18, 85), "brown": (78, 45, 16), "teal": (8, 72, 70)}
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
-PATCHES_OF_THIRD = ((1,), (3, 4), (6,))  # patches along one axis in which a digit of that row or column may be centred
+SHAPES = ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2))  # (columns, rows) of tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Object:
 
   @property
   def patch(self) -> int:
-    """Index of the patch in which the centre lies, row by row."""
+    """Index of the patch of a one-tile picture in which the centre lies, row by row."""
     return self.y // PATCH_SIZE * GRID + self.x // PATCH_SIZE
 
   @property
@@ -61,10 +62,11 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """Objects in reading order of their places, on a ground."""
+  """Objects in reading order of their places, on a ground of (columns, rows) tiles."""
 
   ground: str
   objects: tuple[Object, ...]
+  shape: tuple[int, int] = (1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,25 +94,35 @@ def load_digits() -> Digits:
 
 
 def sample_scene(rng: np.random.Generator, scans: np.ndarray, *, count: int | None = None,
-                 jitter: int = JITTER) -> Scene:
-  """A random scene of `count` objects (one to five where None) from the scan indices `scans`."""
+                 jitter: int = JITTER, shape: tuple[int, int] = (1, 1)) -> Scene:
+  """A random scene of `count` objects (one to five where None) from the scan indices `scans`, of `shape` tiles."""
   labels = load_digits().labels
   count = int(rng.integers(1, MAX_OBJECTS + 1)) if count is None else count
   objects = []
   for cell in np.sort(rng.permutation(9)[:count]):
     row, column = divmod(int(cell), 3)
     scan = int(scans[rng.integers(len(scans))])
-    x, y = (_centre(rng, third, jitter) for third in (column, row))
+    x, y = (_centre(rng, third, jitter, tiles) for third, tiles in zip((column, row), shape))
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     size = int(rng.integers(SIZES.start, SIZES.stop))
     objects.append(Object(scan, int(labels[scan]), colour, row, column, x, y, size))
-  return Scene(list(GROUNDS)[rng.integers(len(GROUNDS))], tuple(objects))
+  return Scene(list(GROUNDS)[rng.integers(len(GROUNDS))], tuple(objects), shape)
 
 
-def _centre(rng: np.random.Generator, third: int, jitter: int) -> int:
+def _centre(rng: np.random.Generator, third: int, jitter: int, tiles: int) -> int:
   """A digit's centre along one axis: that of a patch, and up to `jitter` pixels beside it."""
-  patch = int(rng.choice(PATCHES_OF_THIRD[third]))
+  patch = int(rng.choice(patches_of_third(third, tiles)))
   return patch * PATCH_SIZE + PATCH_SIZE // 2 + int(rng.integers(-jitter, jitter + 1))
+
+
+@functools.cache
+def patches_of_third(third: int, tiles: int) -> tuple[int, ...]:
+  """Patches along one axis in which a digit of that row or column may be centred: those that lie in this third whole,
+  but for the outermost, where a digit would stick out. Two thirds are a patch apart, lest digits touch."""
+  count = tiles * GRID
+  inside = lambda patch: third * count <= 3 * patch and 3 * (patch + 1) <= (third + 1) * count
+  patches = [patch for patch in range(1, count - 1) if inside(patch)]
+  return tuple(patch for patch in patches if tiles == 1 or inside(patch + 1))
 
 
 @functools.cache
@@ -126,8 +138,9 @@ def glyph(scan: int, size: int) -> np.ndarray:
 
 
 def render(scene: Scene, glyphs: Callable[[int, int], np.ndarray] = glyph) -> np.ndarray:
-  """The picture, uint8 [112, 112, 3]. `glyphs` gives the ink of (scan, size)."""
-  picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+  """The picture, uint8 [112 rows, 112 columns, 3]. `glyphs` gives the ink of (scan, size)."""
+  columns, rows = scene.shape
+  picture = np.empty((IMAGE_SIZE * rows, IMAGE_SIZE * columns, 3), np.float32)
   picture[:] = GROUNDS[scene.ground]
   for thing in scene.objects:
     left, top, right, bottom = thing.box

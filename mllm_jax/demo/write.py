@@ -37,6 +37,7 @@ class Sizes:
   turns: int = 5
   heldout_pictures: int = 250
   heldout_questions: int = 4  # of different kinds, about each picture
+  shapes: bool = False  # wide, tall and large pictures too, in equal parts, but for the captions
 
 
 def write(folder: str | os.PathLike, *, seed: int = 0, sizes: Sizes = Sizes()) -> pathlib.Path:
@@ -73,6 +74,9 @@ def _write_train(folder: pathlib.Path, rng: np.random.Generator, sizes: Sizes) -
   for i in range(sizes.captions):
     turns = [("Describe the picture.", texts.caption(rng, pictures[i % sizes.pictures]), None)]
     captions.append(_sample(f"caption-{i:05d}", images[i % sizes.pictures], turns))
+  if sizes.shapes:
+    pictures = [scenes.sample_scene(rng, scans, shape=_shape(i)) for i in range(sizes.pictures)]
+    images = [_write_picture(folder, f"train-shapes-{i:05d}", scene) for i, scene in enumerate(pictures)]
   for i in range(sizes.conversations):
     questions = texts.converse(rng, pictures[i % sizes.pictures], sizes.turns)
     turns = [(question.text, question.answer, None) for question in questions]
@@ -86,7 +90,7 @@ def _write_heldout(folder: pathlib.Path, rng: np.random.Generator, sizes: Sizes)
   samples, asked = [], collections.Counter({kind: 0 for kind in texts.KINDS})
   scans = scenes.load_digits().held_out_indices
   for i in range(sizes.heldout_pictures):
-    scene = scenes.sample_scene(rng, scans)
+    scene = scenes.sample_scene(rng, scans, shape=_shape(i) if sizes.shapes else (1, 1))
     turns = []
     order = sorted(rng.permutation(list(texts.KINDS)), key=asked.__getitem__)
     for kind in order:
@@ -96,6 +100,10 @@ def _write_heldout(folder: pathlib.Path, rng: np.random.Generator, sizes: Sizes)
         asked[question.kind] += 1
     samples.append(_sample(f"heldout-{i:05d}", _write_picture(folder, f"heldout-{i:05d}", scene), turns))
   _write_json(folder / "heldout.json", samples)
+
+
+def _shape(number: int) -> tuple[int, int]:
+  return scenes.SHAPES[number % len(scenes.SHAPES)]
 
 
 def _write_picture(folder: pathlib.Path, name: str, scene: scenes.Scene) -> str:

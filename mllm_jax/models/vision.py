@@ -47,9 +47,9 @@ class VisionTower(nnx.Module):
   Only the layers that are used exist: with the released select_layer -2 the last layer and the post-norm are neither
   computed nor stored.
 
-  any_aspect: images of any grid of at most `config.grid` ** 2 patches, as LLaVA-UHD has them (Guo et al. 2024, section
-  3.2): the table of positions is resized bicubically to each image's grid, and padding is masked. Otherwise every image
-  has the grid that the tower was trained on.
+  any_aspect: images of any grid, as LLaVA-UHD has them (Guo et al. 2024, section 3.2), on one padded length: the table
+  of positions is resized bicubically to each image's grid, and padding is masked. Otherwise every image has the grid
+  that the tower was trained on.
 
   remat: the backward pass, where the tower is trained, computes each layer again instead of keeping what is inside it.
   """

@@ -31,6 +31,21 @@ PUBLISHED = {
   "vicuna-13b-v1.5": Known(
     "lmsys/vicuna-13b-v1.5", DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824)
   ),
+  "qwen2-7b-instruct": Known(
+    "Qwen/Qwen2-7B-Instruct",
+    DecoderConfig(
+      vocab_size=152064,
+      width=3584,
+      layers=28,
+      heads=28,
+      kv_heads=4,
+      mlp_width=18944,
+      rope_theta=1e6,
+      norm_eps=1e-6,
+      attention_bias=True,
+      max_positions=32768,
+    ),
+  ),
 }
 
 

@@ -10,10 +10,12 @@ from steps import CONFIG, TOKENS, Training, initial_parameters, make_batch
 
 from mllm_jax import parameters
 from mllm_jax.batch import Batch
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.processor import Row, collate, join_rows
 from mllm_jax.models.mllm import Mllm
 
 PLACES = (96, 20, 90, 83)  # of the samples below; the second has no image
+ASPECT = Square(CONFIG.vision, TOKENS)
 CROPS, LENGTH = 4, 300
 
 
@@ -28,7 +30,7 @@ def sample(number: int, seed: int = 0) -> Row:
 
 
 def packed(samples: list[Row], length: int = LENGTH, crops: int = CROPS) -> Batch:
-  return collate([join_rows(samples, length, crops, TOKENS, CONFIG.vision)])
+  return collate([join_rows(samples, length, crops, ASPECT)])
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,8 @@ def test_packed_logits_are_those_of_the_samples_alone(logits):
 
 def test_a_step_on_packed_rows_is_that_on_the_samples_rows():
   samples = [sample(n % 4, seed=n // 4) for n in range(8)]
-  alone = collate([join_rows([row], 96, 1, TOKENS, CONFIG.vision) for row in samples])
-  together = collate(
-    [join_rows(part, LENGTH, CROPS, TOKENS, CONFIG.vision) for part in (samples[:4], samples[4:5], samples[5:], [])]
-  )
+  alone = collate([join_rows([row], 96, 1, ASPECT) for row in samples])
+  together = collate([join_rows(part, LENGTH, CROPS, ASPECT) for part in (samples[:4], samples[4:5], samples[5:], [])])
   expected, found, cut = Training(dropout=0.0), Training(dropout=0.0), Training(dropout=0.0, accumulation=2)
   for _ in range(3):
     numbers = expected.step(alone)
@@ -86,10 +86,10 @@ def test_micro_batches_of_their_own_lengths_give_the_same_and_each_length_is_com
       rows = [[sample(0, seed=4 * epoch + step), sample(1)], [sample(1, seed=3), sample(3, seed=step)]]
       if step:
         rows.reverse()
-      expected = whole.step(collate([join_rows([row], 128, 1, TOKENS, CONFIG.vision) for part in rows for row in part]))
+      expected = whole.step(collate([join_rows([row], 128, 1, ASPECT) for part in rows for row in part]))
       length = {96: 128, 83: 90}
       cut = [
-        collate([join_rows([row], length[max(len(r.tokens) for r in part)], 1, TOKENS, CONFIG.vision) for row in part])
+        collate([join_rows([row], length[max(len(r.tokens) for r in part)], 1, ASPECT) for row in part])
         for part in rows
       ]
       found = bucketed.take(tuple(jax.tree.map(lambda x: x[None], batch) for batch in cut))

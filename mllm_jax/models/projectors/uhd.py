@@ -15,7 +15,16 @@ class UhdProjector(nnx.Module):
   """
 
   def __init__(self, config: ProjectorConfig, vision: VisionConfig, width: int, *, rngs: nnx.Rngs):
+    if config.kind == "uhd_v1":
+      self.pyramid = pyramid.make("none", (0,), vision.width, rngs)
+      self.resampler = UhdV1Resampler(
+        vision.width, width, query_grid=config.query_grid, head_width=config.head_width, rngs=rngs
+      )
+      return
     self.pyramid = pyramid.make(config.pyramid, config.levels, vision.width, rngs)
+    if config.kind == "mlp144":
+      self.resampler = Mlp144(config.levels, vision.width, width, query_grid=config.query_grid, rngs=rngs)
+      return
     self.resampler = HiwinAttention(
       config.levels,
       vision.width,
