@@ -2,7 +2,8 @@
 
 A checkpoint holds one part of a model or several: `vision`, `decoder`, `projector`, `lora`. `recognise` finds them and
 reads configurations; the weights are opened, and of their tensors only a few vectors are read where a projector's
-configuration is told by nothing else. VDIM alone, which is less than a projector, is the part `vdim`; `weights.vdim` reads it.
+configuration is told by nothing else. VDIM alone, which is less than a projector, is the part `vdim`, for
+`weights.vdim`.
 """
 
 import dataclasses

@@ -30,7 +30,7 @@ def table(levels: int) -> Table:
   """The names of a VDIM of so many stages in each of the released checkpoints."""
   # With three stages the released class builds one more correction, and never uses it.
   unused = ((rf"{re.escape(PREFIX)}fixup_proj\.1\..*", "never used"),) if levels == 3 else ()
-  return Table(hiwin.vdim_rows(levels, PREFIX), (REST, *unused), (WRAPPED,), ((CORRECTION, hiwin.LEVELS),), PREFIX)
+  return Table(hiwin.vdim_rows(levels, PREFIX), (REST, *unused), (WRAPPED,), ((CORRECTION, hiwin.LEVELS),))
 
 
 def open_vdim(path: Place, config: ProjectorConfig, width: int = 0) -> Tensors:

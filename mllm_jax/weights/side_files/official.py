@@ -262,7 +262,8 @@ def uhd_readme(
   model: ModelConfig, tokenizer: chat.ChatTokenizer, vision_source: str, base_model: str, lora: bool
 ) -> str:
   """What to set in the released code of LLaVA-UHD v2, and which of its weights mean nothing."""
-  projector, extra = model.projector, hiwin.placeholders(model.projector, 1, 2)
+  same = model.vision.width == model.decoder.width
+  projector, extra = model.projector, hiwin.placeholders(model.projector, 1, 1 if same else 2)  # for the names
   layout = "True" if projector.organisation == "spatial" else "False"
   held = "an adapter" if lora else "the language model, the vision tower"
   whose = f" for `{base_model}`" if lora else ""
@@ -284,8 +285,8 @@ def uhd_readme(
     "",
     "## Placeholders",
     "",
-    "The released class has more weights than it computes with. These are here so that it loads, as it initialises them,",
-    f"and were never trained: {names}.",
+    "The released class has more weights than it computes with. These are here so that it loads; they are as it",
+    f"initialises them and were never trained: {names}.",
   ]
   return "\n".join(lines) + "\n"
 
