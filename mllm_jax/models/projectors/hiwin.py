@@ -167,9 +167,9 @@ class WindowAttention(nnx.Module):
 class HiwinAttention(nnx.Module):
   """Feature pyramid -> g*g visual tokens a crop (LLaVA-UHD v2, section 3.2, eq. 2-4).
 
-  levels: which of the pyramid's levels are attended to, growing; level l has 2^l times the ViT's resolution. pooling: how
-  a window becomes tokens, see `windows.make_pooling`. `width` is the decoder's; heads are width // head_width. Raises
-  ConfigError for levels that do not grow, a width that heads do not divide, or an unknown pooling.
+  levels: which of the pyramid's levels are attended to, growing; level l has 2^l times the ViT's resolution. pooling:
+  how a window becomes tokens, see `windows.make_pooling`. `width` is the decoder's; heads are width // head_width.
+  Raises ConfigError for levels that do not grow, a width that heads do not divide, or an unknown pooling.
   """
 
   def __init__(
