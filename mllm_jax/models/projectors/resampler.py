@@ -43,7 +43,7 @@ class UhdV1Resampler(nnx.Module):
       query_grid=query_grid,
       pooling=pooling,
       head_width=head_width,
-      level_bias=False,
+      marked=False,
       rngs=rngs,
     )
     self.out_norm = LayerNorm(width, NORM_EPS, rngs=rngs)
