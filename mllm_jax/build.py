@@ -26,6 +26,7 @@ from mllm_jax.config import (
   ProjectorConfig,
   from_dict,
 )
+from mllm_jax.data import slices
 from mllm_jax.data.aspects import Anyres, Aspect, Slices, Square
 from mllm_jax.data.chat import VOCABULARY_FILES, ChatTokenizer, load_tokenizer
 from mllm_jax.data.processor import Processor
@@ -39,7 +40,6 @@ from mllm_jax.weights.recognise import Found, Part, recognise
 from mllm_jax.weights.tensors import Cast, Chosen, InMemory, Joined
 
 IMAGE_ASPECTS = ("pad", "anyres", "slices")
-RELEASED_SEPARATORS = (29892, 13)  # "," and a newline in Llama's vocabulary
 STAGES = ("pretrain", "finetune")
 RUN_CONFIG = "config.json"  # in the folder of a training run
 FINISHED_MODEL = "model"  # where a run leaves its finished model
@@ -128,7 +128,7 @@ def make_aspect(model: ModelConfig, tokenizer: ChatTokenizer, data: DataConfig) 
 def _separators(projector: ProjectorConfig, tokenizer: ChatTokenizer) -> tuple[int, int]:
   """The tokens that end a slice and a row of slices."""
   if projector.separators == "released":
-    return RELEASED_SEPARATORS
+    return slices.SEPARATORS
   if projector.separators != "text":
     raise ConfigError(f"projector.separators={projector.separators!r} is unknown; known: text, released")
   return tokenizer.inside_id(","), tokenizer.inside_id("\n")

@@ -157,6 +157,12 @@ def check_stage(name: str, stage: StageConfig, shards: int, processes: int) -> N
     )
   if stage.data.max_length < 2 or stage.data.max_images < 1:
     raise ConfigError(f"{name}.data.max_length={stage.data.max_length} must be 2 or more, and max_images 1 or more")
+  crops = 1 if stage.data.max_slices == 1 else 1 + stage.data.max_slices
+  if stage.data.image_aspect == "slices" and stage.data.max_images < crops:
+    raise ConfigError(
+      f"{name}.data.max_images={stage.data.max_images} crops have no room for an image, which is up to {crops} with "
+      f"max_slices={stage.data.max_slices}"
+    )
   check_batching(stage.data, f"{name}.data")
   if not any(rate for _, rate in stage.parameters):
     raise ConfigError(f"{name}.parameters freezes everything: give some pattern a learning rate above 0")

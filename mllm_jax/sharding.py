@@ -37,10 +37,10 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"projector/dfi/(query|key|value)/kernel", P()),
   (r"projector/(.*/)?(head|fc1|fc2)/kernel", P("fsdp", "tensor")),
   (r"projector/image_newline", P()),
-  # VDIM is a million parameters; a deconvolution's kernel is [C, 4 C].
-  (r"projector/pyramid/stages/\d+/(range_proj|fixup)/\d+/kernel", P()),
+  # VDIM is a million parameters, and stays whole like its maps (see rows_only); a deconvolution's kernel is [C, 4 C].
+  (r"projector/pyramid/(stages/\d+/(range_proj|fixup)|fixup_proj)/\d+/kernel", P()),
   (r"projector/pyramid/stages/\d+/(range_temp|sigma_spatial)", P()),
-  (r"projector/pyramid/(fixup_proj|stages)/\d+/kernel", P("fsdp", "tensor")),
+  (r"projector/pyramid/stages/\d+/kernel", P("fsdp", "tensor")),
   (r"projector/resampler/(.*/)?(queries|pos_embed|level_embeddings)", P()),
   (r"projector/resampler/(.*/)?(level_projectors/\d+|q_proj|k_proj|v_proj)/kernel", P("fsdp", "tensor")),
   (r"projector/resampler/(.*/)?out_proj/kernel", P("tensor", "fsdp")),

@@ -4,7 +4,6 @@ Each says how many crops an image becomes, what they show, and which visual toke
 """
 
 import dataclasses
-import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -118,7 +117,7 @@ class Slices:
   """Slices of the image's own shape, and the whole image: LLaVA-UHD.
 
   organisation: "spatial" or "slices", as `slices.table_rows` has them. separators: token ids that end a slice, and a
-  row.
+  row. Raises ConfigError for an organisation that there is not, or that tokens_per_crop do not suit.
   """
 
   vision: VisionConfig
@@ -129,8 +128,7 @@ class Slices:
   whole: int = -1
 
   def __post_init__(self):
-    if math.isqrt(self.tokens_per_crop) ** 2 != self.tokens_per_crop:
-      raise ValueError(f"{self.tokens_per_crop} tokens of a crop make no square map")
+    slices.length(1, 1, self.organisation, self.tokens_per_crop)  # raises where the two do not go together
 
   @property
   def patches(self) -> int:

@@ -182,7 +182,7 @@ def length(columns: int, rows: int, organisation: str, tokens_per_crop: int = 14
 
 def _check_organisation(organisation: str, tokens_per_crop: int) -> None:
   if organisation not in ORGANISATIONS:
-    raise ConfigError(f"token organisation {organisation!r} is unknown; known: {', '.join(ORGANISATIONS)}")
+    raise ConfigError(f"projector.organisation={organisation!r} is unknown; known: {', '.join(ORGANISATIONS)}")
   if organisation == "spatial" and math.isqrt(tokens_per_crop) ** 2 != tokens_per_crop:
     raise ConfigError(
       f"{tokens_per_crop} tokens of a crop are no square map, which the organisation 'spatial' lays out; "

@@ -85,6 +85,8 @@ def test_plans(width, height, most, vision):
   assert plan.columns * plan.rows <= most and plan.columns * plan.rows != 1
   assert (plan.columns == 0) == (plan.rows == 0) == (plan.slice == (0, 0))
   assert (plan.columns == 0) == (most == 1 or width * height <= vision.image_size**2)
+  if ratio > vision.grid**2:
+    return  # of the two shapes that are one another's mirror image one may just be too thin
   mirrored = slices.plan(height, width, vision, most)
   assert mirrored.columns * mirrored.rows <= most and (mirrored.columns == 0) == (plan.columns == 0)
 

@@ -1,4 +1,4 @@
-"""What went into the released LLaVA-UHD v2 numbers and what came out; tests/goldens/uhd/README_hiwin.md says how kept."""
+"""What went into the released numbers of LLaVA-UHD v2 and what came out; tests/goldens/uhd/hiwin.md says how kept."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def stride(size: int) -> int:
 
 
 def close(name: str, actual, arrays: dict[str, np.ndarray], relative: float) -> None:
-  """Asserts |actual - expected| <= relative * (the largest magnitude of all of expected), where the file has samples."""
+  """Asserts |actual - expected| <= relative * the largest magnitude of all of expected, where the file has samples."""
   actual, expected = np.asarray(actual, np.float64).ravel(), arrays[name].ravel()
   actual = actual[:: stride(actual.size)]
   assert actual.shape == expected.shape, name

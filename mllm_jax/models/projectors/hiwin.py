@@ -41,7 +41,7 @@ class Folded:
   deviation: for each level (Gram matrix [C, C], mixed term [C], constant), which give a cell's variance.
   queries: for each level [g*g, M, C + 2], M = heads x query sets: what scores a token.
   positions: [g*g, M, g*g]: what scores a token's weights over the position table.
-  values: for each level [C + 2, heads, N]: a token's value.
+  values: for each level [C + 2, heads, head width]: a token's value.
   """
 
   deviation: list[tuple[jax.Array, jax.Array, jax.Array]]
@@ -51,7 +51,10 @@ class Folded:
 
 
 class WindowAttention(nnx.Module):
-  """Sets of g x g queries, each of which attends to one window of every level: -> [N, g*g, sets, D]."""
+  """Sets of g x g queries, each of which attends to one window of every level: -> [N, g*g, sets, D].
+
+  marked: whether levels can be told apart by biases of their projections and embeddings added to their keys.
+  """
 
   def __init__(
     self,
@@ -63,7 +66,7 @@ class WindowAttention(nnx.Module):
     query_grid: int,
     pooling: str,
     head_width: int,
-    level_bias: bool,
+    marked: bool,
     rngs: nnx.Rngs,
   ):
     check_levels(levels)
@@ -77,9 +80,8 @@ class WindowAttention(nnx.Module):
     )
     self.queries = nnx.Param(normal(0.02)(rngs.params(), (query_sets, query_grid**2, width)))
     self.pos_embed = nnx.Param(jnp.asarray(sincos_table(width, query_grid), jnp.float32))
-    self.level_projectors = nnx.List([linear(vision_width, bias=level_bias) for _ in levels])
-    # Where the level cannot be told from the projection there is one level, and keys need no mark of it.
-    self.level_embeddings = nnx.Param(zeros(rngs.params(), (len(levels), width))) if level_bias else None
+    self.level_projectors = nnx.List([linear(vision_width, bias=marked) for _ in levels])
+    self.level_embeddings = nnx.Param(zeros(rngs.params(), (len(levels), width))) if marked else None
     self.query_norm, self.key_norm = (LayerNorm(width, NORM_EPS, rngs=rngs) for _ in range(2))
     packed = uniform(math.sqrt(6 / (4 * width)))  # Xavier, for the three matrices stacked
     self.q_proj, self.k_proj, self.v_proj = (linear(width, init=packed) for _ in range(3))
@@ -94,7 +96,7 @@ class WindowAttention(nnx.Module):
     split = lambda x: x.reshape(*x.shape[:-1], self.heads, -1)
     positions = self.pos_embed[...].astype(dtype)
     query = self.q_proj(self.query_norm(self.queries[...].astype(dtype)) + positions)
-    query = split(query) / math.sqrt(query.shape[-1] // self.heads)  # [sets, g*g, heads, N]
+    query = split(query) / math.sqrt(query.shape[-1] // self.heads)  # [sets, g*g, heads, head width]
     # The bias of the keys adds the same to all scores of a query: softmax cancels it.
     key_kernel, value_kernel = (split(m.kernel[...].astype(dtype)) for m in (self.k_proj, self.v_proj))
 
@@ -128,8 +130,7 @@ class WindowAttention(nnx.Module):
     tokens = [
       self.tokens(index, levels[level], grids, folded.deviation[index]) for index, level in enumerate(self.levels)
     ]
-    n, places, _, wide = tokens[0].shape
-    dtype = tokens[0].dtype
+    (n, places, _, _), dtype = tokens[0].shape, tokens[0].dtype
     scores, valid = [], []
     for index, level in enumerate(self.levels):
       pooling = self.pooling[index]
@@ -145,18 +146,17 @@ class WindowAttention(nnx.Module):
       valid.append(pooling.valid(grids))
     scores = jnp.where(jnp.concatenate(valid, -1)[:, None, None], jnp.concatenate(scores, -1), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-    found, start = 0, 0
-    for index, kernel in enumerate(folded.values):
-      stop = start + self.pooling[index].tokens
-      found = found + self.attend(weights[..., start:stop], tokens[index], kernel)
-      start = stop
-    found = found.reshape(n, places, -1, self.heads * kernel.shape[-1]).astype(dtype)
+    ends = np.cumsum([pooling.tokens for pooling in self.pooling])
+    found = sum(map(self.attend, jnp.split(weights, ends[:-1], axis=-1), tokens, folded.values))
+    found = found.reshape(n, places, found.shape[2], -1).astype(dtype)
     return self.out_proj(found + self.v_proj.bias[...].astype(dtype))
 
   def attend(self, weights: jax.Array, tokens: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Weighted sums of one level's values, float32 [N, g*g, sets, heads, N].
+    """What the queries find in one level, float32 [N, g*g, sets, heads, head width]; weights: [N, g*g, M, t].
 
-    The sums are taken over the tokens: there are fewer of them than there are values.
+    Sums of tokens, then their values: less work than values, then their sums, as a window has about nine tokens and
+    four sets of queries. The price are the sums, C + 2 numbers a query and head: 38 MB a crop and level in bfloat16 at
+    7B. (Measured with the gradients, 2 crops of C 512, D 2048: 0.14 s against 0.18 s.)
     """
     n, places, _, t = weights.shape
     weights = weights.reshape(n, places, self.heads, -1, t)
@@ -167,9 +167,9 @@ class WindowAttention(nnx.Module):
 class HiwinAttention(nnx.Module):
   """Feature pyramid -> g*g visual tokens a crop (LLaVA-UHD v2, section 3.2, eq. 2-4).
 
-  levels: which of the pyramid's levels are attended to, growing; level l has 2^l times the ViT's resolution. pooling: how
-  a window becomes tokens, see `windows.make_pooling`. `width` is the decoder's; heads are width // head_width. Raises
-  ConfigError for levels that do not grow, a width that heads do not divide, or an unknown pooling.
+  levels: which of the pyramid's levels are attended to, growing; level l has 2^l times the ViT's resolution. pooling:
+  how a window becomes tokens, see `windows.make_pooling`. `width` is the decoder's; heads are width // head_width.
+  Raises ConfigError for levels that do not grow, a width that heads do not divide, or an unknown pooling.
   """
 
   def __init__(
@@ -191,7 +191,7 @@ class HiwinAttention(nnx.Module):
       query_grid=query_grid,
       pooling=pooling,
       head_width=head_width,
-      level_bias=True,
+      marked=True,
       rngs=rngs,
     )
     self.set_norm, self.out_norm = (LayerNorm(width, NORM_EPS, rngs=rngs) for _ in range(2))

@@ -43,7 +43,7 @@ class UhdV1Resampler(nnx.Module):
       query_grid=query_grid,
       pooling=pooling,
       head_width=head_width,
-      level_bias=False,
+      marked=False,
       rngs=rngs,
     )
     self.out_norm = LayerNorm(width, NORM_EPS, rngs=rngs)
@@ -92,11 +92,13 @@ class Mlp144(nnx.Module):
 def resize(maps: jax.Array, sizes: jax.Array, side: int) -> jax.Array:
   """Flat maps [N, length, C] of sizes (H, W) int32 [N, 2] -> [N, side * side, C], bilinearly, without antialiasing and
   with cell centres at halves, as PyTorch does with align_corners=False."""
-  position = (jnp.arange(side) + 0.5) * (sizes[..., None] / side) - 0.5  # [N, 2, side]
-  position = jnp.clip(position, 0, jnp.maximum(sizes[..., None] - 1, 0))
-  low = jnp.floor(position)
-  near = jnp.stack([1 - (position - low), position - low], -1)  # [N, 2, side, taps]
-  cells = jnp.minimum(low[..., None].astype(jnp.int32) + jnp.arange(2), jnp.maximum(sizes - 1, 0)[..., None, None])
+  last = jnp.maximum(sizes - 1, 0)[..., None]
+  # Positions in parts of a cell, 2 * side of them: integers, so that long maps lose no digits.
+  position = (2 * jnp.arange(side) + 1) * sizes[..., None] - side  # [N, 2, side]
+  position = jnp.clip(position, 0, 2 * side * last)
+  low, beyond = position // (2 * side), position % (2 * side) / (2 * side)
+  near = jnp.stack([1 - beyond, beyond], -1)  # [N, 2, side, taps]
+  cells = jnp.minimum(low[..., None] + jnp.arange(2), last[..., None])
   place = cells[:, 0, :, None, :, None] * sizes[:, 1, None, None, None, None] + cells[:, 1, None, :, None, :]
   weights = near[:, 0, :, None, :, None] * near[:, 1, None, :, None, :]  # [N, row, column, tap, tap]
   n = maps.shape[0]

@@ -6,6 +6,8 @@ from flax import nnx
 from mllm_jax.config import ProjectorConfig, VisionConfig
 from mllm_jax.models.projectors import pyramid
 from mllm_jax.models.projectors.hiwin import HiwinAttention
+from mllm_jax.models.projectors.resampler import Mlp144, UhdV1Resampler
+from mllm_jax.sharding import rows_only
 
 
 class UhdProjector(nnx.Module):
@@ -46,8 +48,10 @@ class UhdProjector(nnx.Module):
 
     @jax.checkpoint
     def crop(folded, features, patches, grids):
-      return self.resampler(self.pyramid(features, patches, grids), grids, folded)
+      maps = {level: rows_only(x) for level, x in self.pyramid(features, patches, grids).items()}
+      return rows_only(self.resampler(maps, grids, folded))
 
+    patch_features = rows_only(patch_features)
     by_crop = jax.tree.map(lambda x: x.swapaxes(0, 1), (patch_features, patches, grids))
     _, tokens = jax.lax.scan(lambda _, crops: (None, crop(folded, *crops)), None, by_crop)
     return tokens.swapaxes(0, 1)

@@ -221,11 +221,10 @@ def _pool_backward(pooling, residuals, gradients):
     d_band_scale = jnp.einsum("nijtr,nijt->nir", weights, d_scales, precision=jax.lax.Precision.HIGHEST)
     matrix = weights.reshape(*weights.shape[:2], g * t, chunks.size).astype(d_tokens.dtype)
     d_bands = jnp.einsum("nimr,nimc->nirc", matrix, d_tokens, preferred_element_type=jnp.float32)
-    for i in range(g):  # bands overlap: one after another
-      sums = tuple(
-        _add(total, part[:, i], start[:, i]) for total, part in zip(sums, (d_bands, d_band_scale[..., None]))
-      )
-    return sums
+    parts = d_bands, d_band_scale[..., None]
+    # Bands overlap, so they are added one after another.
+    add = lambda i, sums: tuple(_add(total, part[:, i], start[:, i]) for total, part in zip(sums, parts))
+    return jax.lax.fori_loop(0, g, add, sums)
 
   zeros = jnp.zeros(features.shape, jnp.float32), jnp.zeros((*scale.shape, 1), jnp.float32)
   d_scaled, d_scale = jax.lax.fori_loop(0, chunks.turns, turn, zeros)
