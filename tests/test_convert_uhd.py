@@ -5,6 +5,7 @@ import json
 import re
 
 import layouts
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -23,8 +24,12 @@ VICUNA = layouts.model(PROJECTOR, decoder=dataclasses.replace(tiny.DECODER, **WI
 QWEN2 = layouts.model(
   dataclasses.replace(PROJECTOR, levels=(0, 1, 2)), decoder=dataclasses.replace(layouts.QWEN2, **WIDE)
 )
-MODELS = {"vicuna": VICUNA, "qwen2": QWEN2}
-SIZES = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+V1 = dataclasses.replace(PROJECTOR, kind="uhd_v1", pyramid="none", levels=(0,))
+MODELS = {"vicuna": VICUNA, "qwen2": QWEN2, "v1": dataclasses.replace(VICUNA, projector=V1)}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+WIDER = layouts.model(decoder=dataclasses.replace(layouts.QWEN2, **WIDE | {"width": 256, "head_width": 64}))
 
 
 def run(*arguments) -> int:
@@ -56,13 +61,19 @@ def projector_names(model, prefix: str, dtype=np.float32) -> dict[str, np.ndarra
   extra = hiwin.placeholders(model.projector, model.vision.width, model.decoder.width)
   tensors |= {prefix + name: array.astype(dtype) for name, array in extra.items()}
   copy = "mm_projector.upsampler.model.0.vision_tower.vision_model.pre_layrnorm.weight"
-  return tensors | {prefix + copy: np.zeros(16, dtype)}
+  return tensors if model.projector.kind == "uhd_v1" else tensors | {prefix + copy: np.zeros(16, dtype)}
+
+
+def sizes(model) -> dict[str, int]:
+  """What config.json says of the decoder's width."""
+  decoder = model.decoder
+  return {"hidden_size": decoder.width, "num_attention_heads": decoder.heads, "head_dim": decoder.head_width}
 
 
 def decoder_folder(at, model, **options):
   family, content = layouts.decoder(model)
   tensors = mapping.export(layouts.arrays(model, "decoder", **options), family.table(model.decoder))
-  return layouts.tokenizer(layouts.save(at, tensors, content | SIZES))
+  return layouts.tokenizer(layouts.save(at, tensors, content | sizes(model)))
 
 
 def released_folder(at, model, vision_path, mask: int, dtype=np.float32, **changes):
@@ -75,25 +86,26 @@ def released_folder(at, model, vision_path, mask: int, dtype=np.float32, **chang
   tensors |= mapping.export(arrays, clip.table(whole, "model.vision_tower.vision_tower.vision_model."))
   fields = {
     "model_type": "llava_qwen" if model.decoder.attention_bias else "llava_llama",
-    "mm_projector_type": hiwin.TYPES[model.projector.query_grid],
+    "mm_projector_type": hiwin.types(model.projector)[model.projector.query_grid],
     "feature_scale_mask": mask,
     "mm_vision_tower": str(vision_path),
     "image_aspect_ratio": "square",
   }
-  fields = content | SIZES | layouts.OFFICIAL_FIELDS | fields | changes
+  fields = content | sizes(model) | layouts.OFFICIAL_FIELDS | fields | changes
   return layouts.tokenizer(layouts.save(at, tensors, {name: x for name, x in fields.items() if x is not None}))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name, mask", [("vicuna", 5), ("qwen2", 7)])
+@pytest.mark.parametrize("name, mask", [("vicuna", 5), ("qwen2", 7), ("v1", None)])
 def test_a_released_model_in_and_out_and_in_again(tmp_path, capsys, name, mask, dtype):
-  model, kind = MODELS[name], np.dtype(dtype) if dtype != "bfloat16" else hiwin_bfloat16()
+  model, kind = MODELS[name], DTYPES[dtype]
   vision = layouts.vision_folder(tmp_path / "clip-tower", model, seed=9)
   source = released_folder(tmp_path / "m", model, vision, mask, kind)
   first, exported, again = tmp_path / "first", tmp_path / "exported", tmp_path / "again"
   assert run("import", f"--model={source}", f"--out={first}") == 0
   said = capsys.readouterr().err
-  assert "note: left out: kv_proj.weight, query" in said and "LLaVA-UHD v2 as released" in said
+  assert f"LLaVA-UHD {'v1' if name == 'v1' else 'v2'} as released" in said
+  assert ("note: left out: kv_proj.weight, query" in said) == (name != "v1")
   check_same(tensors_of(first), expected(model, kind))
   manifest = folder.read(first)
   assert manifest.parts["projector"] == model.projector
@@ -107,17 +119,13 @@ def test_a_released_model_in_and_out_and_in_again(tmp_path, capsys, name, mask, 
   assert released(found) == {key: x for key, x in released(wanted).items() if not unused.match(key)}
   assert all(x.dtype == kind for x in found.values())
   content = json.loads((exported / "config.json").read_text())
-  assert content["feature_scale_mask"] == mask and content["mm_projector_type"] == "adapt_spatial_resampler_v2_64"
+  kind = "uhd_v1_query64" if name == "v1" else "adapt_spatial_resampler_v2_64"
+  assert content.get("feature_scale_mask") == mask and content["mm_projector_type"] == kind
+  assert ("## Placeholders" in (exported / "README.md").read_text()) == (name != "v1")
   assert content["model_type"] == ("llava_qwen" if name == "qwen2" else "llava_llama")
   assert run("import", f"--model={exported}", f"--out={again}") == 0
   check_same(tensors_of(again), tensors_of(first))
   assert folder.read(again).parts == manifest.parts
-
-
-def hiwin_bfloat16():
-  import ml_dtypes
-
-  return np.dtype(ml_dtypes.bfloat16)
 
 
 def test_logits_are_the_same_after_a_round_trip(tmp_path, capsys):
@@ -155,7 +163,7 @@ def test_a_first_stage(stage1, tmp_path, options, levels):
 def test_what_a_recipe_says_of_the_levels_counts(stage1):
   """A run names its projector's configuration itself: the file is read by that."""
   _, file = stage1
-  _, part = next(iter([(None, assemble.recognise(str(file)).parts["projector"])]))
+  part = assemble.recognise(str(file)).parts["projector"]
   configs = {"vision": QWEN2.vision, "decoder": QWEN2.decoder, "projector": PROJECTOR}
   tensors = assemble.part_tensors("projector", part, configs)
   assert tensors.shape("projector/resampler/attention/level_embeddings") == (2, 128)
@@ -201,8 +209,8 @@ def test_what_cannot_be_is_refused(stage1, tmp_path, capsys):
     (["import", *parts, f"--projector={file}", "--levels=2,0"], "levels (2, 0) must be some of 0 to 3, in order"),
     (["import", f"--model={tmp_path / 'ours'}", "--levels=0,2"], "are for a projector of LLaVA-UHD v2 as released"),
     (["import", f"--vision={plain}", "--levels=0,2"], "no projector is named"),
-    (["import", f"--vision={plain}", f"--llm={decoder_folder(tmp_path / 'narrow', layouts.model())}",
-      f"--projector={file}"], "does not fit the model"),
+    (["import", f"--vision={plain}", f"--llm={decoder_folder(tmp_path / 'wide', WIDER)}",
+      f"--projector={file}"], "to a decoder of width 128, and here the tower's are 16 wide and the decoder is 256"),
   ):  # fmt: skip
     capsys.readouterr()
     assert run(*arguments, out) == 2, arguments

@@ -197,9 +197,13 @@ def vision_config(found: Found, part: Part, whole: Found) -> VisionConfig:
 
 def part_tensors(name: str, part: Part, configs: Mapping) -> Tensors:
   """A part's tensors by our paths; its shapes are those that its configuration gives."""
+  config = configs[name]
+  if name == "projector" and part.table is not None and config.any_aspect and {"vision", "decoder"} <= configs.keys():
+    widths = configs["vision"].width, configs["decoder"].width
+    hiwin.check_widths(part.weights, *widths, str(part.weights.path))
   shapes = part_shapes(name, configs)
   if part.table is not None:
-    return Ours(part.weights, part.table(configs[name], configs["vision"].grid if "vision" in configs else 0), shapes)
+    return Ours(part.weights, part.table(config, configs["vision"].grid if "vision" in configs else 0), shapes)
   stored = {path: part.weights.shape(path) for path in part.weights.names() if belongs(path) == name}
   if stored != shapes:
     wrong = sorted(path for path in stored.keys() | shapes.keys() if stored.get(path) != shapes.get(path))

@@ -1,7 +1,8 @@
-"""LLaVA-UHD v2's projector, VDIM and Hiwin attention, under the names of the released code.
+"""LLaVA-UHD v2's projector, VDIM and Hiwin attention, under the names of the released code; and its predecessor's, the
+resampler that the same code compares it with.
 
-Its class has the weights of all four levels and of older kinds of attention, whichever are in use; `placeholders` makes
-those for it that a model here has not.
+The class of v2 has the weights of all four levels and of older kinds of attention, whichever are in use; `placeholders`
+makes those for it that a model here has not.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ ORGANISATION, SEPARATORS = "slice_organisation", "slice_separators"  # in config
 ORGANISATIONS, SEPARATOR_KINDS = ("slices", "spatial"), ("released", "text")  # the released code's own first
 # mm_projector_type by the windows along each side.
 TYPES = {8: "adapt_spatial_resampler_v2_64", 12: "adapt_spatial_resampler_v2", 16: "adapt_spatial_resampler_v2_256"}
+V1_TYPES = {8: "uhd_v1_query64", 12: "adapt_spatial_resampler_v1"}
 HEAD_WIDTH = 128
 QUERY_SETS = ("1", "2", "3", "4")
 INIT_STDDEV = 0.02  # of the released class
@@ -35,8 +37,14 @@ GRID = "the number of windows, or the decoder's width, is another; compare proje
 
 
 def is_released(names: Iterable[str]) -> bool:
-  """Whether names of a checkpoint are of this projector, behind whichever prefix."""
-  return any(re.fullmatch(rf"{parts.OUTER}mm_projector\.(query_1|features_1x_projector\..*)", name) for name in names)
+  """Whether names of a checkpoint are of these projectors, behind whichever prefix."""
+  own = rf"{parts.OUTER}mm_projector\.(query_1|features_1x_projector\..*|attn\.in_proj_weight)"
+  return any(re.fullmatch(own, name) for name in names)
+
+
+def types(config: ProjectorConfig) -> Mapping[int, str]:
+  """mm_projector_type by the windows along each side."""
+  return V1_TYPES if config.kind == "uhd_v1" else TYPES
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -66,41 +74,50 @@ def vdim_levels(names: Iterable[str]) -> int:
 
 def table(config: ProjectorConfig) -> Table:
   """The names of the projector `config`. Raises WeightsError for pyramids that the released code has not."""
-  if config.kind != "hiwin" or config.pyramid not in ("vdim", "none"):
+  v1 = config.kind == "uhd_v1"
+  if not v1 and (config.kind != "hiwin" or config.pyramid not in ("vdim", "none")):
     raise WeightsError(
       f"projector.kind={config.kind!r} with projector.pyramid={config.pyramid!r}: the released code of LLaVA-UHD v2 "
-      "has no names for it; they are known for hiwin with vdim or none"
+      "has no names for it; they are known for uhd_v1, and for hiwin with vdim or none"
     )
-  above = max(config.levels)
-  rows = [*vdim_rows(above, f"{STEM}upsampler.upsampler.")] if config.pyramid == "vdim" else []
-  rows += [
-    Row(f"{STEM}pos_embed", f"{ATTENTION}/pos_embed", hint=GRID),
-    Row(f"{STEM}query_{{layer}}", f"{ATTENTION}/queries", hint=GRID, places=QUERY_SETS),
-    Row(
-      f"{STEM}feature_{{layer}}x_embedding",
-      f"{ATTENTION}/level_embeddings",
-      LAST,
-      places=tuple(str(2**level) for level in config.levels),
-    ),
-  ]
-  for index, level in enumerate(config.levels):
-    rows += linear(f"{STEM}features_{2**level}x_projector", f"{ATTENTION}/level_projectors/{index}")
+  rows = [*(v1_rows() if v1 else v2_rows(config)), Row(f"{STEM}pos_embed", f"{ATTENTION}/pos_embed", hint=GRID)]
   for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
     for kind, ours, transform in (("weight", "kernel", LINEAR), ("bias", "bias", SAME)):
       rows.append(Row(f"{STEM}attn.in_proj_{kind}", f"{ATTENTION}/{name}/{ours}", transform, part=(part, 3)))
   rows += linear(f"{STEM}attn.out_proj", f"{ATTENTION}/out_proj")
   rows += norm(f"{STEM}ln_q", f"{ATTENTION}/query_norm") + norm(f"{STEM}ln_kv", f"{ATTENTION}/key_norm")
-  rows += norm(f"{STEM}ln_proj", "projector/resampler/set_norm")
   rows += norm(f"{STEM}ln_post", "projector/resampler/out_norm")
-  rows += linear(f"{STEM}cat_proj", "projector/resampler/merge")
   rows.append(Row(f"{STEM}proj", "projector/resampler/proj/kernel"))  # multiplied from the right there too
   rows += mlp.newline(config.image_newline)
   hints = ((re.escape(STEM) + r"upsampler\.upsampler\..*", LEVELS), *parts.HINTS)
   return Table(tuple(rows), (*unused(config), *mlp.IGNORED), mlp.renames(), hints, mlp.PREFIX)
 
 
+def v1_rows() -> tuple[Row, ...]:
+  """What only the predecessor has: one set of queries, and the tower's own map."""
+  queries = Row(f"{STEM}query{{layer}}", f"{ATTENTION}/queries", hint=GRID, places=("",))  # ours are a stack of one
+  return queries, *linear(f"{STEM}kv_proj", f"{ATTENTION}/level_projectors/0", bias=False)
+
+
+def v2_rows(config: ProjectorConfig) -> tuple[Row, ...]:
+  """What only LLaVA-UHD v2 has: VDIM, four sets of queries with what merges them, and several levels."""
+  rows = [*vdim_rows(max(config.levels), f"{STEM}upsampler.upsampler.")] if config.pyramid == "vdim" else []
+  names = tuple(str(2**level) for level in config.levels)
+  rows += [
+    Row(f"{STEM}query_{{layer}}", f"{ATTENTION}/queries", hint=GRID, places=QUERY_SETS),
+    Row(f"{STEM}feature_{{layer}}x_embedding", f"{ATTENTION}/level_embeddings", LAST, places=names),
+  ]
+  for index, name in enumerate(names):
+    rows += linear(f"{STEM}features_{name}x_projector", f"{ATTENTION}/level_projectors/{index}")
+  rows += norm(f"{STEM}ln_proj", "projector/resampler/set_norm")
+  rows += linear(f"{STEM}cat_proj", "projector/resampler/merge")
+  return tuple(rows)
+
+
 def unused(config: ProjectorConfig) -> tuple[tuple[str, str], ...]:
   """What the released class has and does not compute with, and why: (regular expression of the name, reason)."""
+  if config.kind == "uhd_v1":
+    return ()
   stem = re.escape(STEM)
   others = "|".join(str(2**level) for level in range(RELEASED_LEVELS) if level not in config.levels)
   found = [
@@ -159,8 +176,10 @@ def recognise(weights: Tensors, content: Mapping[str, Any], where: str) -> Proje
     )
   if positions[1] % HEAD_WIDTH:
     raise WeightsError(f"{where}: its width is {positions[1]}, and the released attention has heads of {HEAD_WIDTH}")
-  mask = content.get(RELEASED_MASK)
-  if mask is None:
+  v1, mask = f"{STEM}query_1" not in shapes, content.get(RELEASED_MASK)
+  if v1:
+    levels = (0,)
+  elif mask is None:
     levels = trained_levels(weights, vdim_levels(shapes))
   elif type(mask) is int and 0 < mask < 2**RELEASED_LEVELS:
     levels = tuple(level for level in range(RELEASED_LEVELS) if mask >> level & 1)
@@ -173,7 +192,7 @@ def recognise(weights: Tensors, content: Mapping[str, Any], where: str) -> Proje
     layout[field] = content.get(key, known[0])
     if layout[field] not in known:
       raise WeightsError(f"{where}: {key}={layout[field]!r} is unknown; known: {', '.join(known)}")
-  config = ProjectorConfig(kind="hiwin", query_grid=grid, head_width=HEAD_WIDTH, **layout)
+  config = ProjectorConfig(kind="uhd_v1" if v1 else "hiwin", query_grid=grid, head_width=HEAD_WIDTH, **layout)
   return with_levels(config, levels, weights, where)
 
 
@@ -199,17 +218,31 @@ def with_levels(config: ProjectorConfig, levels: tuple[int, ...], weights: Tenso
   return dataclasses.replace(config, levels=levels, pyramid="vdim" if needed else "none")
 
 
+def check_widths(weights: Tensors, vision_width: int, width: int, where: str) -> None:
+  """Raises WeightsError where a released projector stands between towers of other widths than these."""
+  rename = mlp.table().rename
+  kernel = re.compile(rf"{re.escape(STEM)}(features_\dx_projector|kv_proj)\.weight")
+  for name in weights.names():
+    shape = weights.shape(name)
+    if len(shape) == 2 and kernel.fullmatch(rename(name)) and shape != (width, vision_width):
+      raise WeightsError(
+        f"{where}: the projector leads from features of width {shape[1]} to a decoder of width {shape[0]}, and here "
+        f"the tower's are {vision_width} wide and the decoder is {width}; it is of another model"
+      )
+
+
 # ---- for export ------------------------------------------------------------------------------------------------------
 
 
 def fields(config: ProjectorConfig) -> dict[str, Any]:
   """What config.json says of the projector. Raises ConfigError where the released code computes something else."""
+  v1 = config.kind == "uhd_v1"
   wrong = [
     f"{name}={getattr(config, name)!r}"
     for name, accepted in (
-      ("kind", ("hiwin",)),
-      ("pyramid", ("vdim", "none")),
-      ("query_grid", tuple(TYPES)),
+      ("kind", ("hiwin", "uhd_v1")),
+      ("pyramid", (config.pyramid,) if v1 else ("vdim", "none")),
+      ("query_grid", tuple(types(config))),
       ("pooling", ("selective",)),
       ("head_width", (HEAD_WIDTH,)),
     )
@@ -218,8 +251,8 @@ def fields(config: ProjectorConfig) -> dict[str, Any]:
   if wrong:
     raise ConfigError(f"projector: the released code of LLaVA-UHD v2 has no {', '.join(wrong)}, and cannot be told")
   return {
-    "mm_projector_type": TYPES[config.query_grid],
-    RELEASED_MASK: sum(2**level for level in config.levels),
+    "mm_projector_type": types(config)[config.query_grid],
+    **({} if v1 else {RELEASED_MASK: sum(2**level for level in config.levels)}),
     ORGANISATION: config.organisation,
     SEPARATORS: config.separators,
   }
@@ -227,6 +260,8 @@ def fields(config: ProjectorConfig) -> dict[str, Any]:
 
 def placeholders(config: ProjectorConfig, vision_width: int, width: int) -> dict[str, np.ndarray]:
   """The tensors that the released class has and a model here has not, as it initialises them: {name: float32}."""
+  if config.kind == "uhd_v1":
+    return {}
   draw = np.random.default_rng(0)
   normal = lambda *shape: draw.normal(0, INIT_STDDEV, shape).astype(np.float32)
   zeros = lambda *shape: np.zeros(shape, np.float32)

@@ -230,7 +230,7 @@ def with_official_fields(found: Found, local: Path) -> Found:
     where,
     content,
     {
-      "mm_projector_type": (hiwin.TYPES.get(projector.query_grid),) if uhd else ("mlp2x_gelu",),
+      "mm_projector_type": (hiwin.types(projector).get(projector.query_grid),) if uhd else ("mlp2x_gelu",),
       "mm_vision_select_feature": ("patch",),
       "mm_use_im_start_end": (False,),
       "mm_patch_merge_type": ("flat", "spatial_unpad"),
@@ -271,9 +271,9 @@ def projector_part(path: places.Place, weights: Weights, content: Mapping[str, A
 
 
 def projector_family(weights: Weights) -> str:
-  """Whose a projector is: LLaVA-1.5's, LLaVA-SP's or LLaVA-UHD v2's."""
+  """Whose a projector is: LLaVA-1.5's, LLaVA-SP's or LLaVA-UHD's."""
   if hiwin.is_released(weights.names()):
-    return "LLaVA-UHD v2"
+    return "LLaVA-UHD v2" if holds(weights, r".*mm_projector\.query_1") else "LLaVA-UHD v1"
   return "LLaVA-SP" if holds(weights, r".*\bconv_\w+\.(1\.)?weight") else "LLaVA-1.5"
 
 

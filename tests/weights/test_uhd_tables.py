@@ -252,6 +252,20 @@ def test_positions_that_no_projector_has(shape, words):
     recognised(whole(config()) | {"model.mm_projector.pos_embed": np.zeros(shape, np.float32)})
 
 
+def test_the_predecessor(tmp_path):
+  v1 = config(kind="uhd_v1", pyramid="none", levels=(0,), organisation="slices", separators="released")
+  arrays = arrays_of(v1)
+  tensors = mapping.export(arrays, hiwin.table(v1))
+  names = {"pos_embed", "query", "proj", "kv_proj.weight", "attn.in_proj_weight", "attn.in_proj_bias"}
+  names |= {f"{name}.{kind}" for name in ("attn.out_proj", "ln_q", "ln_kv", "ln_post") for kind in ("weight", "bias")}
+  assert tensors.keys() == {"model.mm_projector." + name for name in names}
+  np.testing.assert_array_equal(tensors["model.mm_projector.query"], arrays["projector/resampler/attention/queries"][0])
+  assert tensors["model.mm_projector.query"].shape == (144, 256) and recognised(tensors) == v1
+  ours = mapping.Ours(InMemory(tensors), hiwin.table(v1), shapes_of(v1))
+  for path, array in arrays.items():
+    np.testing.assert_array_equal(ours.read(path), array)
+
+
 def test_what_is_left_out_is_said():
   said = "\n".join(hiwin.notes(whole(config()), config()))
   for words in (

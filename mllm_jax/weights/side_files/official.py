@@ -277,17 +277,21 @@ def uhd_readme(
     f"- `llava/model/llava_arch.py`: `UsePermute = {layout}`, by which the tokens of slices are laid out.",
     *_separators(projector.separators, tokenizer),
   ]
-  if max(projector.levels) == 3:
+  if projector.kind == "hiwin" and max(projector.levels) == 3:
     lines.append("- It has weights for level 3 (8x) and no forward pass: that must be written first.")
   names = ", ".join(f"`{name.removeprefix(hiwin.STEM)}`" for name in extra)
-  lines += [
-    "- `slice_organisation` and `slice_separators` in config.json are for mllm_jax; the code does not look at them.",
-    "",
-    "## Placeholders",
-    "",
-    "The released class has more weights than it computes with. These are here so that it loads; they are as it",
-    f"initialises them and were never trained: {names}.",
-  ]
+  lines.append("- `slice_organisation` and `slice_separators` in config.json are for mllm_jax; the code ignores them.")
+  lines += (
+    []
+    if not extra
+    else [
+      "",
+      "## Placeholders",
+      "",
+      "The released class has more weights than it computes with. These are here so that it loads; they are as it",
+      f"initialises them and were never trained: {names}.",
+    ]
+  )
   return "\n".join(lines) + "\n"
 
 
