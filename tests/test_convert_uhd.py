@@ -12,7 +12,7 @@ import tiny
 
 from mllm_jax import convert
 from mllm_jax.config import ProjectorConfig
-from mllm_jax.weights import assemble, clip, folder, hiwin, mapping
+from mllm_jax.weights import assemble, clip, folder, hiwin, mapping, peft
 from mllm_jax.weights.io import open_weights
 
 PROJECTOR = ProjectorConfig(
@@ -167,6 +167,25 @@ def test_what_a_recipe_says_of_the_levels_counts(stage1):
   configs = {"vision": QWEN2.vision, "decoder": QWEN2.decoder, "projector": PROJECTOR}
   tensors = assemble.part_tensors("projector", part, configs)
   assert tensors.shape("projector/resampler/attention/level_embeddings") == (2, 128)
+
+
+@pytest.mark.parametrize("options", [["--format=official", "--lora=apart"], ["--format=peft"]])
+def test_an_adapter_apart(stage1, tmp_path, options):
+  parts, file = stage1
+  model = dataclasses.replace(QWEN2, lora=layouts.LORA)
+  adapter = mapping.export(layouts.arrays(model, "lora"), peft.table(model.lora))
+  at = layouts.save(tmp_path / "adapter", adapter, name="adapter_model.safetensors")
+  (at / "adapter_config.json").write_text(json.dumps(peft.config_file(model.lora, "base")))
+  first, out, again = tmp_path / "first", tmp_path / "exported", tmp_path / "again"
+  assert run("import", *parts, f"--projector={file}", f"--adapter={at}", f"--out={first}") == 0
+  assert run("export", f"--checkpoint={first}", *options, f"--out={out}") == 0
+  names = open_weights(out / "non_lora_trainables.bin").names()
+  assert {name.removeprefix("base_model.model.") for name in names} == {
+    name for name in projector_names(QWEN2, "model.") if "upsampler.model.0" not in name
+  }
+  assert run("import", f"--model={out}", *parts, f"--out={again}") == 0
+  check_same(tensors_of(again), tensors_of(first))
+  assert folder.read(again).parts == folder.read(first).parts
 
 
 def test_the_readme_says_what_the_code_must_say_and_what_are_placeholders(tmp_path):
