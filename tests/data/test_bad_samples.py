@@ -124,7 +124,7 @@ def test_substitutes_depend_on_seed_and_index():
 def write_many(folder, process):
   log = BadSamples(1.0, folder)
   for i in range(200):
-    log.note(bad_samples.Made("x", None, "p" * 300, process * 1000 + i, -1))
+    log.note(bad_samples.Made("x", None, "p" * 300, process * 1000 + i, -1), 0)
 
 
 def test_processes_do_not_tear_each_others_lines(tmp_path):
