@@ -71,6 +71,22 @@ def read(source: str | bytes, name: str) -> bytes:
     raise DataError(f"{name} cannot be read ({error}); restore the file or take the sample out") from error
 
 
+def size(source: str | bytes, *, sample_name: str = "") -> tuple[int, int]:
+  """(width, height) of what `load` gives, from the file's header alone. Raises DataError as `load` does."""
+  what = source if isinstance(source, str) else f"of {len(source)} bytes inside the record"
+  name = f"{sample_name}: image {what}" if sample_name else f"image {what}"
+  try:
+    file = image_files.open_local(source) if isinstance(source, str) else None
+  except OSError:
+    file = None  # `read` says what is wrong
+  with file or io.BytesIO(read(source, name)) as opened:
+    try:
+      with Image.open(opened) as image:
+        return image.size
+    except DAMAGED as error:
+      raise _damaged(name, error) from error
+
+
 def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
   """What `load_with_mode` gives, of bytes; errors call the image `name`. Raises DataError as `load` does."""
   try:
@@ -81,11 +97,15 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, str]:
   except DataError as error:
     raise DataError(f"{name}: {error}") from error
   except DAMAGED as error:
-    # Pillow names the buffer by its address, which would make the same fault another text each time.
-    reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
-    raise DataError(
-      f"{name} cannot be decoded ({type(error).__name__}: {reason}); fetch the file again or take the sample out"
-    ) from error
+    raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> DataError:
+  # Pillow names the buffer by its address, which would make the same fault another text each time.
+  reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+  return DataError(
+    f"{name} cannot be decoded ({type(error).__name__}: {reason}); fetch the file again or take the sample out"
+  )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
