@@ -7,11 +7,11 @@ is tokenized once and looked up ever after. For other tokenizers many texts are 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mllm_jax.data.tokenizer import END, ChatTokenizer, Piece, cuts_of
 
-WORDS = re.compile("[ \u2581]+[^ \u2581]*|[^ \u2581]+")  # a word has the spaces before it
+WORDS = re.compile("[ \u2581]+[^ \u2581]*|[^ \u2581]+")
 LONG = 64  # characters above which a word is not remembered
 KEPT = 2**20  # words that are remembered
 
@@ -22,43 +22,49 @@ class TokenCounter:
   def __init__(self, tokenizer: ChatTokenizer):
     self._tokenizer = tokenizer
     self._by_words = independent_words(tokenizer.backend_json)
-    self._middle: dict[str, int] = {}  # tokens of a word behind others
+    self._middle: dict[str, int] = {}  # tokens of a word behind others and a space, which is not written here
     self._heads: dict[tuple[bool, str], int] = {}  # of one that begins a text, or follows a token of structure
 
-  def count(self, chunks: Sequence[Sequence[Piece]]) -> list[int]:
-    """The number of each chunk's tokens. Raises DataError as `encode_chunk` does."""
-    prepared = [self._tokenizer.prepare(chunk) for chunk in chunks]
-    return self._of_words(prepared) if self._by_words else self._of_texts(prepared)
+  def count(self, chunks: Iterable[Sequence[Piece]]) -> list[int]:
+    """The number of each chunk's tokens. Raises DataError as `encode_chunk` does.
 
-  def _of_words(self, chunks: list[list[Piece]]) -> list[int]:
-    counts, heads, words, odd = [0] * len(chunks), [], [], []
+    Chunks are looked at one after the other and not kept where words are counted: so many small objects at a time would
+    keep Python's garbage collection busy.
+    """
+    prepared = map(self._tokenizer.prepare, chunks)
+    return self._of_words(prepared) if self._by_words else self._of_texts(list(prepared))
+
+  def _of_words(self, chunks: Iterable[list[Piece]]) -> list[int]:
+    counts: list[int] = []
+    unknown: list[tuple[int, tuple[bool, str], list[str]]] = []  # (chunk, first word, further words)
+    odd: list[tuple[int, list[Piece]]] = []
+    head, lookup = self._heads.__getitem__, self._middle.__getitem__
     for number, pieces in enumerate(chunks):
-      text, behind, total = "", False, 0
+      texts, behind, total = [], False, 0
       for piece in [*pieces, END]:
         if piece.kind == "text":
-          text += piece.text
+          texts.append(piece.text)
           continue
         if piece.kind == "cut":
-          odd.append(number)
+          odd.append((number, pieces))
           break
         if piece.kind == "special":
           self._tokenizer.token_id(piece.text)
-        if text:
-          found = WORDS.findall(text)
-          heads.append((number, (behind, found[0])))
-          words.append((number, found[1:]))
-        text, behind, total = "", True, total + 1
-      counts[number] = total - 1  # the END added here
-    once = self._learn({key for _, key in heads}, set().union(*(found for _, found in words)))
-    for number, key in heads:
-      counts[number] += self._heads[key]
-    lookup = self._middle.__getitem__
-    for number, found in words:
-      counts[number] += sum(map(lookup, found))
-    for number in odd:
-      counts[number] = self._of_texts([chunks[number]])[0]
+        if texts:
+          first, *rest = _words("".join(texts))
+          try:
+            total += head((behind, first)) + sum(map(lookup, rest))
+          except KeyError:
+            unknown.append((number, (behind, first), rest))
+        texts, behind, total = [], True, total + 1
+      counts.append(total - 1)  # the END added here
+    once = self._learn({key for _, key, _ in unknown}, set().union(*(rest for _, _, rest in unknown)))
+    for number, key, rest in unknown:
+      counts[number] += head(key) + sum(map(lookup, rest))
     for key in once:
       del (self._middle if isinstance(key, str) else self._heads)[key]
+    for number, pieces in odd:
+      counts[number] = self._of_texts([pieces])[0]
     return counts
 
   def _learn(self, heads: set[tuple[bool, str]], words: set[str]) -> list[str | tuple[bool, str]]:
@@ -66,14 +72,13 @@ class TokenCounter:
 
     Returns those that are not worth remembering.
     """
-    if len(self._middle) > KEPT:
+    if len(self._middle) > KEPT or len(self._heads) > KEPT:
       self._middle.clear()
-    if len(self._heads) > KEPT:
       self._heads.clear()
     heads, words = heads - self._heads.keys(), words - self._middle.keys()
     keys = [*heads, *words]
     pieces = [[END] * key[0] + [Piece("text", key[1])] for key in heads] + [
-      [Piece("text", "a" + word)] for word in words
+      [Piece("text", "a " + word)] for word in words
     ]
     extra = [int(key[0]) for key in heads] + self._ids([[Piece("text", "a")]]) * len(words)
     for key, count, more in zip(keys, self._ids(pieces), extra, strict=True):
@@ -104,6 +109,16 @@ class TokenCounter:
       if any(_crosses(encoding, place) for place in cuts_of(chunks[number]).values()):
         counts[number] = len(self._tokenizer.encode_chunk(chunks[number]).ids)
     return counts
+
+
+def _words(text: str) -> list[str]:
+  """The words of a text: the first as it is, the others without the space that is before each; further spaces, and
+  SentencePiece's sign for one, are a part of the word behind them."""
+  found = text.split(" ")
+  if "" not in found and "\u2581" not in text:
+    return found
+  first, *rest = WORDS.findall(text)
+  return [first, *(word[1:] for word in rest)]
 
 
 def _crosses(encoding, place: int) -> bool:

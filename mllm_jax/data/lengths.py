@@ -5,12 +5,13 @@ the headers are read, where a picture's size decides how many crops and tokens i
 """
 
 import dataclasses
+import gc
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -147,16 +148,6 @@ def _parts(count: int) -> Iterator[range]:
   return (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
-class _Draft(NamedTuple):
-  """A sample before its texts are tokenized: their chunks, and the places of everything else."""
-
-  chunks: list[list[Piece]]
-  places: int
-  crops: int
-  words: int
-  images: int
-
-
 class _Measure:
   """int32 [n, 4], a row of a LengthTable for each sample of a range. Can be pickled; for one thread."""
 
@@ -169,42 +160,53 @@ class _Measure:
     return self.__dict__ | {"_counter": None}  # holds open tokenizers
 
   def __call__(self, part: Iterable[int]) -> np.ndarray:
+    collects = gc.isenabled()
+    gc.disable()  # a third of the time goes there otherwise, and there are no cycles to find
     try:
-      rows = self._rows([self._draft(self._records[i]) for i in part])
+      rows = self._rows(self._records[i] for i in part)
     except DataError:  # whose, and what becomes of it, is asked only now
       made = [make(self._records, i, self._one, self._policy, self._seed) for i in part]
       rows = [(0, 0, 0, 0) if each.value is None else each.value for each in made]
+    finally:
+      if collects:
+        gc.enable()
     return np.array(rows, np.int32)
 
   def _one(self, sample: Sample) -> tuple[int, int, int, int]:
-    draft = self._draft(sample)
     try:
-      return self._rows([draft])[0]
+      return self._rows([sample])[0]
     except DataError as error:
       raise DataError(f"{sample.name}: {error}") from error
 
-  def _draft(self, sample: Sample) -> _Draft:
-    """Raises DataError, which names the sample, where `Processor.row` would for its turns or its images' sizes."""
+  def _rows(self, samples: Iterable[Sample]) -> list[tuple[int, int, int, int]]:
+    """Rows of a LengthTable. Raises DataError for what `Processor.row` refuses a sample for, but for its pixels."""
     maker = self._processor
-    try:
-      pieces = chat.conversation(sample.turns, maker.template, maker.tokenizer, len(sample.images), sample.system)
-      leads, chunks = chat.stretches(pieces, maker.tokenizer)
-      if maker.image_aspect == "pad":
-        crops, visual = len(sample.images), len(sample.images) * maker.tokens_per_image
-      else:
-        costs = [maker.image_cost(*images.size(image)) for image in sample.images]
-        crops, visual = (sum(cost) for cost in zip((0, 0), *costs))
-      if crops > maker.max_images:
-        raise DataError(f"{crops} crops, and a row has room for {maker.max_images}; raise data.max_images")
-    except DataError as error:
-      raise DataError(f"{sample.name}: {error}") from error
-    words = sum(len(turn.text.split()) for turn in sample.turns)
-    return _Draft(chunks, leads + visual, crops, words, len(sample.images))
+    self._counter = self._counter or TokenCounter(maker.tokenizer)
+    rest: list[tuple[int, ...]] = []  # of each sample: chunks of text, other places, crops, words, images
 
-  def _rows(self, drafts: Sequence[_Draft]) -> list[tuple[int, int, int, int]]:
-    self._counter = self._counter or TokenCounter(self._processor.tokenizer)
-    counts = iter(self._counter.count([chunk for draft in drafts for chunk in draft.chunks]))
+    def chunks() -> Iterator[list[Piece]]:
+      for sample in samples:
+        pieces = chat.conversation(sample.turns, maker.template, maker.tokenizer, len(sample.images), sample.system)
+        leads, found = chat.stretches(pieces, maker.tokenizer)
+        crops, visual = self._costs(sample)
+        words = sum([len(turn.text.split()) for turn in sample.turns])
+        rest.append((len(found), leads + visual, crops, words, len(sample.images)))
+        yield from found
+
+    counts = iter(self._counter.count(chunks()))
     return [
-      (draft.places + sum(next(counts) for _ in draft.chunks), draft.crops, draft.words, draft.images)
-      for draft in drafts
+      (others + sum(itertools.islice(counts, texts)), crops, words, images)
+      for texts, others, crops, words, images in rest
     ]
+
+  def _costs(self, sample: Sample) -> tuple[int, int]:
+    """(crops, visual tokens) of a sample's images. Raises DataError where a row has no room for them."""
+    maker = self._processor
+    if maker.image_aspect == "pad":
+      crops, visual = len(sample.images), len(sample.images) * maker.tokens_per_image
+    else:
+      costs = [maker.image_cost(*images.size(image)) for image in sample.images]
+      crops, visual = (sum(cost) for cost in zip((0, 0), *costs))
+    if crops > maker.max_images:
+      raise DataError(f"{crops} crops, and a row has room for {maker.max_images}; raise data.max_images")
+    return crops, visual
