@@ -99,9 +99,9 @@ class TrainingBatches:
     self._processor = processor
     self._batching = batching
     self._make = RowMaker(records, processor, batching != "fixed", on_bad_sample, seed)
-    # Of the samples' lengths only what bounds a substitute is still needed.
+    # What a sample may take, or another in its place.
     self._rooms = None
-    if batching != "fixed" and on_bad_sample == "replace":
+    if batching != "fixed" and on_bad_sample != "error":
       self._rooms = np.stack([np.minimum(lengths.places, processor.max_length), lengths.crops], axis=1)
     self._shape = (accumulation, batch_size // parts)
     self._process_index, self._process_count = process_index, process_count
@@ -176,7 +176,7 @@ class TrainingBatches:
     for samples, row in itertools.islice(rows, self._shape[0] * self._shape[1]):
       for sample in samples:
         if self._bad_samples:
-          self._bad_samples.note(sample, step)
+          self._bad_samples.note(sample, step, len(names))
         names.append(sample.name)
       yield self._processor.empty_row() if row is None else row
 

@@ -15,7 +15,8 @@ class Wanted(NamedTuple):
 
   samples: records that it holds; none for a row of padding.
   length: places of the row.
-  rooms: (places, crops) that each sample may take, which only another in its place can exceed; () sets no limit.
+  rooms: (places, crops) that each sample may take, nothing where it was found bad before; () where bad ones stop the
+    run.
   """
 
   samples: tuple[int, ...]
@@ -46,23 +47,28 @@ class RowMaker:
       samples = [self._records[i] for i in wanted.samples]
       row = self._processor.packed_row(samples, wanted.length)
       return [Made(sample.id, None, "", i, i) for i, sample in zip(wanted.samples, samples)], row
-    except DataError:
+    except ValueError:  # a DataError, or, where a picture came back that was not there before, a row too full
       if self._policy == "error":
         raise
     # Bad samples are rare: which of them it is, is asked only now.
-    rooms = wanted.rooms or (None,) * len(wanted.samples)
-    made = [self._make(i, room) for i, room in zip(wanted.samples, rooms, strict=True)]
+    made = [self._make(i, *room) for i, room in zip(wanted.samples, wanted.rooms, strict=True)]
     row = self._processor.packed_row([each.value for each in made if each.value is not None], wanted.length)
     return [each._replace(value=None) for each in made], row
 
-  def _make(self, index: int, room: tuple[int, int] | None) -> Made[Sample]:
-    """A sample that a row can be made of and that fits into the room, or none."""
+  def _make(self, index: int, places: int, crops: int) -> Made[Sample]:
+    """A sample that a row can be made of and that takes no more than this, or none."""
 
     def usable(sample: Sample) -> Sample:
       row = self._processor.with_room(len(sample.images)).row(sample)
       taken = int((row.segment_ids > 0).sum()), int(row.grids.any(axis=1).sum())
-      if room is not None and (taken[0] > room[0] or taken[1] > room[1]):
-        raise DataError(f"{sample.name}: takes {taken[0]} places and {taken[1]} crops, more than the sample before it")
+      if taken[1] > self._processor.max_images:
+        raise DataError(
+          f"{sample.name}: {taken[1]} crops, and a row has room for {self._processor.max_images}; raise data.max_images"
+        )
+      if taken[0] > places or taken[1] > crops:
+        raise DataError(
+          f"{sample.name}: takes {taken[0]} places and {taken[1]} crops where {places} and {crops} are free"
+        )
       return sample
 
     try:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 SHARED_BYTES = 2**16  # arrays of fewer are pickled: a row has several small ones
-SHARED_MEMORY = 2**29  # bytes that all processes together may hold results in
+SHARED_MEMORY = 2**28  # bytes that all processes together may hold results in
 ALIGNMENT = 64
 END_SECONDS = 5.0  # that a process has for ending by itself
 

@@ -4,11 +4,9 @@ import json
 import random
 
 import conversations
-import numpy as np
 import pytest
 from test_templates import CASES, cases, with_template  # noqa: F401
 
-from mllm_jax.config import VisionConfig
 from mllm_jax.data import chat, counting
 from mllm_jax.data.counting import TokenCounter
 from mllm_jax.data.records import DataError
