@@ -3,7 +3,10 @@
 import importlib
 import sys
 
-NAMES = {"convert": "importing weights against `cp`, and the memory of importing and loading"}
+NAMES = {
+  "convert": "importing weights against `cp`, and the memory of importing and loading",
+  "data": "samples a second, from files to batches, against a PyTorch DataLoader",
+}
 
 
 def main(argv: list[str]) -> int:
