@@ -49,7 +49,7 @@ class Measurement:
 
 
 def write_case(file: Path, size: Size) -> None:
-  """Inputs and parameters of both sides: parameters under the released names, features and image as PyTorch has them."""
+  """Inputs and parameters of both sides, as PyTorch has them; parameters under the released names."""
   random = np.random.default_rng(0)
   normal = lambda *shape, scale=1.0: (scale * random.standard_normal(shape)).astype(np.float32)
   arrays = {"features": normal(size.channels, size.height, size.width)}
@@ -57,7 +57,12 @@ def write_case(file: Path, size: Size) -> None:
   n = 2**size.levels
   arrays["cotangent"] = normal(size.channels, n * size.height, n * size.width, scale=1e-3)
   for i in range(1, size.levels + 1):
-    shapes = {"range_proj.0": (32, 3), "range_proj.3": (32, 32), "fixup_proj.0": (TAPS, 52), "fixup_proj.3": (TAPS,) * 2}
+    shapes = {
+      "range_proj.0": (32, 3),
+      "range_proj.3": (32, 32),
+      "fixup_proj.0": (TAPS, 52),
+      "fixup_proj.3": (TAPS,) * 2,
+    }
     for name, shape in shapes.items():
       arrays[f"up{i}.{name}.weight"] = normal(*shape, scale=shape[1] ** -0.5)
       arrays[f"up{i}.{name}.bias"] = normal(shape[0], scale=0.1)
@@ -127,7 +132,9 @@ def with_torch(arrays: dict[str, np.ndarray], size: Size, repeat: int) -> Measur
   except ImportError:
     raise SystemExit("this benchmark compares with PyTorch, which is not installed: pip install 'mllm_jax[torch]'")
   torch.set_num_threads(len(os.sched_getaffinity(0)))
-  parameters = {name: torch.from_numpy(array) for name, array in arrays.items() if name.split(".")[-1] in ("weight", "bias")}
+  parameters = {
+    name: torch.from_numpy(array) for name, array in arrays.items() if name.split(".")[-1] in ("weight", "bias")
+  }
   for i in range(1, size.levels + 1):
     parameters |= {f"up{i}.range_temp": torch.zeros(()), f"up{i}.sigma_spatial": torch.ones(())}
   features, image, cotangent = (torch.from_numpy(arrays[name])[None] for name in ("features", "image", "cotangent"))
@@ -213,7 +220,9 @@ def main(argv: list[str]) -> int:
   size = Size(args.height, args.width, args.channels, args.levels)
   with tempfile.TemporaryDirectory(prefix="mllm_jax_bench_") as folder:
     results = run(Path(folder), size, args.rounds, args.repeat)
-  print(f"VDIM {2**size.levels}x, {size.channels} channels on {size.height} x {size.width}, float32, loss and gradients")
+  print(
+    f"VDIM {2**size.levels}x, {size.channels} channels on {size.height} x {size.width}, float32, loss and gradients"
+  )
   for side, measurements in results.items():
     seconds = ", ".join(f"{m.seconds:.2f}" for m in measurements)
     planned = f", {readable(measurements[0].planned)} as compiled" if measurements[0].planned else ""

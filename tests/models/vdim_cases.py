@@ -23,7 +23,7 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 
 def draw(seed: int, skip: int, *shape: int) -> np.ndarray:
-  """float32 normal numbers as torch's CPU generator draws them from a seed, after `skip` numbers; multiples of 16 both."""
+  """float32 normal numbers as torch's CPU generator draws them from a seed, after `skip` others; by sixteens."""
   count = int(np.prod(shape))
   assert skip % 16 == 0 and count % 16 == 0
   words = np.frombuffer(np.random.RandomState(seed).bytes(4 * (skip + count)), "<u4")[skip:]
@@ -70,7 +70,9 @@ def stage_layers(stage) -> dict:
 
 def layers(model) -> dict:
   """Those of a whole stack."""
-  found = {f"up{i}.{name}": layer for i, stage in enumerate(model.stages, 1) for name, layer in stage_layers(stage).items()}
+  found = {
+    f"up{i}.{name}": layer for i, stage in enumerate(model.stages, 1) for name, layer in stage_layers(stage).items()
+  }
   if len(model.stages) == 3:
     return found | {f"fixup_proj_{2**i}x.1": layer for i, layer in enumerate(model.fixup_proj, 1)}
   return found | {"fixup_proj.1": model.fixup_proj[-1]}
