@@ -214,8 +214,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--width", type=int, default=Size.width, help="of the patch grid (default: %(default)s)")
   parser.add_argument("--channels", type=int, default=Size.channels, help="of the features (default: %(default)s)")
   parser.add_argument("--levels", type=int, default=Size.levels, choices=(1, 2), help="stages (default: %(default)s)")
-  parser.add_argument("--rounds", type=int, default=3, help="processes of each side (default: %(default)s)")
-  parser.add_argument("--repeat", type=int, default=3, help="timed calls in a process (default: %(default)s)")
+  parser.add_argument("--rounds", type=int, default=2, help="processes of each side (default: %(default)s)")
+  parser.add_argument("--repeat", type=int, default=1, help="timed calls in a process (default: %(default)s)")
   args = parser.parse_args(argv)
   size = Size(args.height, args.width, args.channels, args.levels)
   with tempfile.TemporaryDirectory(prefix="mllm_jax_bench_") as folder:
