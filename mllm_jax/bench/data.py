@@ -26,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from mllm_jax.data.aspects import Square
 from mllm_jax.config import VisionConfig
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.chat import VICUNA_SYSTEM, load_tokenizer
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor

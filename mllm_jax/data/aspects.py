@@ -28,8 +28,8 @@ class Places(NamedTuple):
 class Aspect(Protocol):
   """How images are made to fit.
 
-  by_size: whether crops and places depend on an image's size. tokens_per_crop: T. patches: P, the most that a crop has. most_crops: how many an image can become. whole: which of
-  the crops shows the whole image.
+  by_size: whether crops and places depend on an image's size. tokens_per_crop: T. patches: P, the most that a crop has.
+  most_crops: how many an image can become. whole: which of the crops shows the whole image.
   """
 
   vision: VisionConfig

@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import os
 
-from mllm_jax.data.aspects import Square
 from mllm_jax import preflight
 from mllm_jax.command_line import parse
 from mllm_jax.config import ConfigError, DataConfig, ModelRecipe, StageConfig, VisionConfig
+from mllm_jax.data.aspects import Square
 from mllm_jax.data.chat import load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import Records

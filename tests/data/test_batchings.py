@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.config import ConfigError, DataConfig, VisionConfig, check_batching
 from mllm_jax.data import lengths
 from mllm_jax.data.__main__ import main
+from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.data.bad_samples import FILE, BadSamples
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor, Row

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import images
 from mllm_jax.data.__main__ import main
+from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Records
 from mllm_jax.data_commands import show, show_page
