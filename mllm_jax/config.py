@@ -335,13 +335,6 @@ def check_batching(data: DataConfig, where: str = "data") -> None:
   """Raises ConfigError where the fields of batching do not go together."""
   if data.batching not in BATCHINGS:
     raise ConfigError(f"{where}.batching={data.batching!r} is unknown; known: {', '.join(BATCHINGS)}")
-  together = {"on_bad_sample": "error", "image_aspect": "pad"}
-  others = [f"{name}={getattr(data, name)}" for name, value in together.items() if getattr(data, name) != value]
-  if data.batching != "fixed" and others:
-    raise ConfigError(
-      f"{where}.batching={data.batching} counts on the length of every sample, which {' and '.join(others)} can "
-      "change; use batching=fixed with it"
-    )
   if data.buckets and data.batching != "group":
     raise ConfigError(f"{where}.buckets={data.buckets} are for batching=group, and batching is {data.batching!r}")
   growing = all(isinstance(b, int) and b > a for a, b in zip((0, *data.buckets), data.buckets))

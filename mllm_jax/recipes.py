@@ -1,8 +1,7 @@
-"""What the recipes in `configs/` share: the two stages of LLaVA-1.5, which LLaVA-SP keeps, those of LLaVA-UHD, and their
-demos."""
+"""What the recipes in `configs/` share: the two stages of LLaVA-1.5, which LLaVA-SP keeps, those of LLaVA-UHD, and
+their demos."""
 
 import dataclasses
-
 from pathlib import Path
 
 from mllm_jax.config import (
@@ -113,8 +112,8 @@ def demo(name: str, projector: ProjectorConfig) -> Config:
 def uhd_table(
   projector: ProjectorConfig, resampler: float, others: float = 0.0, fixup: float = 0.0
 ) -> tuple[tuple[str, float], ...]:
-  """Learning rates of LLaVA-UHD: of what makes the visual tokens, of both towers, and of VDIM's last projection. The rest
-  of VDIM is frozen; a pyramid that no stage of its own prepares learns with the resampler."""
+  """Learning rates of LLaVA-UHD: of what makes the visual tokens, of both towers, and of VDIM's last projection. The
+  rest of VDIM is frozen; a pyramid that no stage of its own prepares learns with the resampler."""
   pyramid = {"vdim": ((PYRAMID, 0.0), (PYRAMID_FIXUP, fixup)), "deconv": ((PYRAMID, resampler),)}
   return ((VISION, others), (DECODER, others), (RESAMPLER, resampler), *pyramid.get(projector.pyramid, ()))
 

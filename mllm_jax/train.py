@@ -252,7 +252,9 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
     with tqdm(
       total=len(records), desc="lengths", unit="sample", disable=jax.process_index() > 0, dynamic_ncols=True
     ) as bar:
-      table = lengths.measured(folder / "lengths.npz", records, processor, progress=bar.update)
+      table = lengths.measured(
+        folder / "lengths.npz", records, processor, bar.update, stage.data.on_bad_sample, config.seed
+      )
       bar.update(len(records) - bar.n)
   return TrainingBatches(
     records,

@@ -28,7 +28,7 @@ ALLOWED = {
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "places", "sharding", "training", "weights"},
   "inspection": {"batch", "build", "config", "models", "parameters", "places", "weights"},
-  "bench": {"config", "models", "parameters", "weights"},
+  "bench": {"config", "data", "models", "parameters", "weights"},
   "convert": {"build", "config", "data", "inspection", "places", "training", "weights"},
   "generate": {"build", "config", "data", "inference", "places", "training", "weights"},
   "train": {

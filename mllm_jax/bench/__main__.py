@@ -3,7 +3,12 @@
 import importlib
 import sys
 
-NAMES = {"convert": "importing weights against `cp`, and the memory of importing and loading"}
+NAMES = {
+  "convert": "importing weights against `cp`, and the memory of importing and loading",
+  "data": "samples a second, from files to batches, against a PyTorch DataLoader",
+  "hiwin": "Hiwin attention, forward and backward, against the released arithmetic in PyTorch",
+  "vdim": "VDIM's 4x stack, forward and backward, against the released arithmetic in PyTorch",
+}
 
 
 def main(argv: list[str]) -> int:

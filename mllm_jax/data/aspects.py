@@ -28,8 +28,8 @@ class Places(NamedTuple):
 class Aspect(Protocol):
   """How images are made to fit.
 
-  tokens_per_crop: T. patches: P, the most that a crop has. most_crops: how many an image can become. whole: which of
-  the crops shows the whole image.
+  by_size: whether crops and places depend on an image's size. tokens_per_crop: T. patches: P, the most that a crop has.
+  most_crops: how many an image can become. whole: which of the crops shows the whole image.
   """
 
   vision: VisionConfig
@@ -37,6 +37,7 @@ class Aspect(Protocol):
   patches: int
   most_crops: int
   whole: int
+  by_size: bool
 
   def tiling(self, width: int, height: int) -> tuple[int, int]:
     """(columns, rows) in which the other crops, row by row, make up the image; (0, 0) if there are none."""
@@ -62,6 +63,7 @@ class Square:
   tokens_per_crop: int
   most_crops: int = 1
   whole: int = 0
+  by_size: bool = False
 
   @property
   def patches(self) -> int:
@@ -91,6 +93,7 @@ class Anyres:
   tokens_per_crop: int
   most_crops: int = tiles.CROPS
   whole: int = 0
+  by_size: bool = True
 
   @property
   def patches(self) -> int:
@@ -126,6 +129,7 @@ class Slices:
   organisation: str
   separators: tuple[int, int]
   whole: int = -1
+  by_size: bool = True
 
   def __post_init__(self):
     slices.length(1, 1, self.organisation, self.tokens_per_crop)  # raises where the two do not go together

@@ -7,7 +7,7 @@ index, so that every process and every resumed run gets the same. Whoever puts t
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -80,35 +80,58 @@ def substitutes(seed: int, index: int, count: int) -> list[int]:
 class BadSamples:
   """Counts and writes down bad samples in the order of the batches, and stops the run when there are too many.
 
-  The count begins anew with each start of the run; the file goes on.
+  A run that goes on takes up the count with `resume`.
 
   Args:
     max_share: of the samples seen so far that may be bad, once `minimum` have been seen.
-    folder: where FILE is written, one JSON object a line: index, problem, and substitute (another index, or null).
-      None writes nothing. Processes may share it.
+    folder: where FILE is written, one JSON object a line: step, place in it, index, problem, and substitute
+      (another index, or null). None writes nothing. Processes may share it.
   """
 
   def __init__(self, max_share: float, folder: str | os.PathLike | None = None, minimum: int = MINIMUM):
     self.max_share, self.minimum = max_share, minimum
     self.path = None if folder is None else Path(folder) / FILE
     self.seen = self.bad = 0
+    self._written: set[tuple[int, int, int]] = set()  # (step, place, index) of what stands in the file
 
-  def note(self, made: Made) -> None:
-    """Takes account of one sample. Raises DataError, naming the file, where the share is exceeded."""
+  def resume(self, step: int, seen: int, processes: int = 1) -> None:
+    """Counts as if the run had come to `step` without a break.
+
+    Args:
+      step: the one that comes next.
+      seen: samples that this process has seen before it.
+      processes: that write the file. What they found before is shared evenly among them; nobody can tell whose it was.
+    """
+    self._written = set(_read(self.path))
+    self.seen, self.bad = seen, round(sum(at < step for at, *_ in self._written) / processes)
+
+  def note(self, made: Made, step: int, place: int) -> None:
+    """Takes account of one sample, the place-th that this process has in a step.
+
+    Raises DataError, naming the file, where the share is exceeded.
+    """
     self.seen += 1
     if made.problem:
       self.bad += 1
-      self._write(made)
+      self._write(made, step, place)
     if self.seen >= self.minimum:
       check_share(self.bad, self.seen, self.max_share, self._where())
 
   def _where(self) -> str:
     return f"; {self.path} lists them" if self.path else ""
 
-  def _write(self, made: Made) -> None:
-    if self.path is None:
+  def _write(self, made: Made, step: int, place: int) -> None:
+    # A step that is done again, after a crash, finds what it wrote before.
+    if self.path is None or (step, place, made.index) in self._written:
       return
-    line = {"index": made.index, "problem": made.problem, "substitute": made.used if made.used >= 0 else None}
+    self._written.add((step, place, made.index))
+    line = {
+      "step": step,
+      "place": place,
+      "index": made.index,
+      "problem": made.problem,
+      "substitute": made.used if made.used >= 0 else None,
+    }
     self.path.parent.mkdir(parents=True, exist_ok=True)
     # A single write of a file opened for appending is not mixed with another process's.
     handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -116,6 +139,19 @@ class BadSamples:
       os.write(handle, (json.dumps(line, ensure_ascii=False) + "\n").encode())
     finally:
       os.close(handle)
+
+
+def _read(path: Path | None) -> Iterator[tuple[int, int, int]]:
+  """(step, place, index) of every line. A line that a crash has cut, or that an older version wrote, does not count."""
+  if path is None or not path.is_file():
+    return
+  with open(path, encoding="utf-8", errors="replace") as file:
+    for line in file:
+      try:
+        content = json.loads(line)
+        yield int(content["step"]), int(content["place"]), int(content["index"])
+      except (ValueError, KeyError, TypeError):
+        continue
 
 
 def check_share(bad: int, seen: int, max_share: float, where: str = "") -> None:

@@ -50,6 +50,17 @@ def encode(
       alternate, placeholders that do not match the images.
   """
   found = templates.find(template)
+  encoded = _encode_pieces(conversation(turns, template, tokenizer, n_images, system), tokenizer)
+  if found.always_trained:
+    encoded.trained_on[np.isin(encoded.ids, found.always_trained_ids(tokenizer))] = True
+  return encoded
+
+
+def conversation(
+  turns: Sequence[Turn], template: str, tokenizer: ChatTokenizer, n_images: int, system: str | None = None
+) -> list[Piece]:
+  """The pieces of a conversation before they are tokenized. Arguments and errors as in `encode`."""
+  found = templates.find(template)
   for i, turn in enumerate(turns):
     expected = ("human", "gpt")[i % 2]
     if turn.role != expected:
@@ -59,10 +70,22 @@ def encode(
   problem = placeholder_problem(turns, n_images)
   if problem:
     raise DataError(problem)
-  encoded = _encode_pieces(found.pieces(turns, system, tokenizer), tokenizer)
-  if found.always_trained:
-    encoded.trained_on[np.isin(encoded.ids, found.always_trained_ids(tokenizer))] = True
-  return encoded
+  return found.pieces(turns, system, tokenizer)
+
+
+def stretches(pieces: Sequence[Piece], tokenizer: ChatTokenizer) -> tuple[bool, list[list[Piece]]]:
+  """(whether a beginning-of-sequence token leads, the pieces before, between and behind the images).
+
+  Each stretch is tokenized as a text of its own.
+  """
+  named = [tokenizer.token_id(piece.text) for piece in pieces[:1] if piece.kind == "special"]
+  found: list[list[Piece]] = [[]]
+  for piece in pieces:
+    if piece.kind == "image":
+      found.append([])
+    else:
+      found[-1].append(piece)
+  return tokenizer.bos_id not in (None, *named), found
 
 
 def encode_prompt(
@@ -84,18 +107,12 @@ def end_id(template: str, tokenizer: ChatTokenizer) -> int:
 
 
 def _encode_pieces(pieces: Sequence[Piece], tokenizer: ChatTokenizer) -> Encoded:
-  """Each stretch between images is tokenized as a text of its own; one beginning-of-sequence token leads all."""
-  named = [tokenizer.token_id(piece.text) for piece in pieces[:1] if piece.kind == "special"]
-  parts = [] if tokenizer.bos_id in (None, *named) else [_untrained(tokenizer.bos_id)]
-  chunk = []
-  for piece in [*pieces, None]:
-    if piece is None or piece.kind == "image":
-      parts.append(tokenizer.encode_chunk(chunk))
-      chunk = []
-      if piece is not None:
-        parts.append(_untrained(IMAGE_TOKEN_INDEX))
-    else:
-      chunk.append(piece)
+  leads, found = stretches(pieces, tokenizer)
+  parts = [_untrained(tokenizer.bos_id)] if leads else []
+  for number, stretch in enumerate(found):
+    if number:
+      parts.append(_untrained(IMAGE_TOKEN_INDEX))
+    parts.append(tokenizer.encode_chunk(stretch))
   return Encoded(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 

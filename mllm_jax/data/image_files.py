@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import BinaryIO
 
 from mllm_jax import places
 
@@ -54,3 +55,10 @@ def read(path: str) -> bytes:
       except FileNotFoundError:
         continue
     raise
+
+
+def open_local(path: str) -> BinaryIO | None:
+  """A local image file, or its sibling, open for reading; None for a remote one. Raises OSError as `open` does."""
+  if places.is_remote(path):
+    return None
+  return open(path if os.path.isfile(path) else locate(path) or path, "rb")

@@ -1,32 +1,35 @@
 """Lengths: how much room each sample takes in a row, measured once for a whole data set.
 
-Grouping and packing have to know all lengths before the first step. Texts are tokenized for that; no image is opened.
+Grouping and packing have to know all lengths before the first step. Texts are tokenized for that; of the images at most
+the headers are read, where a picture's size decides how many crops and tokens it becomes.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mllm_jax.data import chat, images
+from mllm_jax.data.bad_samples import make
+from mllm_jax.data.counting import TokenCounter
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.records import Records, Sample
-from mllm_jax.data.workers import start_worker
+from mllm_jax.data.records import DataError, Records, Sample
+from mllm_jax.data.tokenizer import Piece
+from mllm_jax.data.workers import in_processes
 
-CHUNK = 500  # samples given to a worker at a time
+CHUNK = 500  # samples measured at a time
 SAMPLES_PER_WORKER = 5000  # for fewer a worker is not worth the seconds that it takes to start
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthTable:
-  """What each of N samples takes, int32 [N] each.
+  """What each of N samples takes, int32 [N] each. A bad sample that is skipped takes nothing.
 
   places: tokens with the visual ones among them, before anything is cut off.
   crops: image crops.
@@ -57,40 +60,50 @@ def measure(
   processor: Processor,
   workers: int | None = None,
   progress: Callable[[int], None] = lambda done: None,
+  policy: str = "error",
+  seed: int = 0,
 ) -> LengthTable:
   """Measures every sample.
 
   Args:
     records: the samples.
-    processor: tokenizes them.
-    workers: processes that do so; 0 stays in this one; None takes as many as the data set is worth.
+    processor: what makes rows of them.
+    workers: processes that measure; 0 stays in this one; None takes as many as the data set is worth.
     progress: is told how many more samples are done.
+    policy: what becomes of a sample that no row can be made of, as in `bad_samples`. One that is replaced has the
+      lengths of the sample in its place.
+    seed: chooses that one.
 
   Raises:
-    DataError: a sample that no row can be made of; the message names it.
+    DataError: a sample that no row can be made of, where the policy is "error"; the message names it.
   """
   if workers is None:
     workers = min(os.cpu_count() or 1, len(records) // SAMPLES_PER_WORKER)
-  chunks = ([records[i] for i in part] for part in _parts(len(records)))
+  task = _Measure(records, processor, policy, seed)
   parts = []
-  for part in _in_workers(processor, chunks, workers) if workers else (_measure(processor, chunk) for chunk in chunks):
+  for part in in_processes(task, _parts(len(records)), workers) if workers else map(task, _parts(len(records))):
     parts.append(part)
     progress(len(part))
   return LengthTable(*np.concatenate(parts).T.copy())
 
 
 def measured(
-  path: Path, records: Records, processor: Processor, progress: Callable[[int], None] = lambda done: None
+  path: Path,
+  records: Records,
+  processor: Processor,
+  progress: Callable[[int], None] = lambda done: None,
+  policy: str = "error",
+  seed: int = 0,
 ) -> LengthTable:
   """What `measure` gives; read from `path` where that holds the lengths of just this data, else written there."""
-  if not os.path.isfile(records.source):  # a folder, a mix or a bucket, which no date tells the state of
-    return measure(records, processor, progress=progress)
-  identity = fingerprint(records, processor)
+  identity = fingerprint(records, processor, policy, seed)
+  if identity is None:
+    return measure(records, processor, progress=progress, policy=policy, seed=seed)
   if path.is_file():
     with np.load(path) as content:
       if str(content["fingerprint"]) == identity:
         return LengthTable(**{name: content[name] for name in FIELDS})
-  table = measure(records, processor, progress=progress)
+  table = measure(records, processor, progress=progress, policy=policy, seed=seed)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
   with open(partial, "wb") as file:
@@ -99,55 +112,100 @@ def measured(
   return table
 
 
-def fingerprint(records: Records, processor: Processor) -> str:
-  """A hash of what the lengths depend on: the data file's size and date, the tokenizer, the template, the crops."""
-  stat = os.stat(records.source)
+def fingerprint(records: Records, processor: Processor, policy: str = "error", seed: int = 0) -> str | None:
+  """A hash of what the lengths depend on: the data's files with sizes and dates, which of their samples are taken, the
+  tokenizer, the template, the crops, and what becomes of bad samples. None where no date tells the state of the data:
+  a bucket, a TensorFlow data set."""
+  state = source_state(records)
+  if state is None:
+    return None
   content = [
-    os.path.abspath(records.source),
-    stat.st_size,
-    stat.st_mtime_ns,
-    len(records),
+    3,  # version of what is measured
+    state,
     processor.tokenizer.__reduce__()[1],
     processor.template,
-    processor.tokens_per_crop,
+    repr(processor.aspect),
+    processor.max_images,
+    [policy, seed if policy == "replace" else 0],
   ]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def source_state(records: Records) -> list | None:
+  """Each file of a source with its size and date, and the samples chosen of it; None where there are no local files."""
+  if hasattr(records, "parts"):  # a mix
+    states = [(source_state(part), hashlib.sha256(chosen.tobytes()).hexdigest()) for part, chosen in records.parts]
+    return None if any(state is None for state, _ in states) else [list(pair) for pair in states]
+  files = getattr(records, "shards", None) or (records.source,)
+  if not all(os.path.isfile(file) for file in files):
+    return None
+  stats = [(os.path.abspath(file), os.stat(file)) for file in files]
+  return [len(records), [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
 
 
 def _parts(count: int) -> Iterator[range]:
   return (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
-def _measure(processor: Processor, samples: Sequence[Sample]) -> np.ndarray:
-  """int32 [n, 4], a row of a LengthTable for each sample."""
-  rows = [
-    (*processor.measure(sample), sum(len(turn.text.split()) for turn in sample.turns), len(sample.images))
-    for sample in samples
-  ]
-  return np.array(rows, np.int32)
+class _Measure:
+  """int32 [n, 4], a row of a LengthTable for each sample of a range. Can be pickled; for one thread."""
 
+  def __init__(self, records: Records, processor: Processor, policy: str, seed: int):
+    self._records, self._processor = records, processor
+    self._policy, self._seed = policy, seed
+    self._counter: TokenCounter | None = None
 
-def _in_workers(processor: Processor, chunks: Iterator[Sequence[Sample]], workers: int) -> Iterator[np.ndarray]:
-  """`_measure` of all chunks in their order; few of them are read ahead."""
-  # Forking a process that has threads, as jax has, can leave the child waiting for a lock for good.
-  with concurrent.futures.ProcessPoolExecutor(
-    workers, multiprocessing.get_context("spawn"), _start, (processor,)
-  ) as pool:
-    pending = collections.deque(pool.submit(_work, chunk) for chunk in itertools.islice(chunks, 3 * workers))
+  def __getstate__(self):
+    return self.__dict__ | {"_counter": None}  # holds open tokenizers
+
+  def __call__(self, part: Iterable[int]) -> np.ndarray:
+    collects = gc.isenabled()
+    gc.disable()  # a third of the time goes there otherwise, and there are no cycles to find
     try:
-      while pending:
-        yield pending.popleft().result()
-        pending.extend(pool.submit(_work, chunk) for chunk in itertools.islice(chunks, 1))
+      rows = self._rows(self._records[i] for i in part)
+    except DataError:  # whose, and what becomes of it, is asked only now
+      made = [make(self._records, i, self._one, self._policy, self._seed) for i in part]
+      rows = [(0, 0, 0, 0) if each.value is None else each.value for each in made]
     finally:
-      for future in pending:
-        future.cancel()
+      if collects:
+        gc.enable()
+    return np.array(rows, np.int32)
 
+  def _one(self, sample: Sample) -> tuple[int, int, int, int]:
+    try:
+      return self._rows([sample])[0]
+    except DataError as error:
+      raise DataError(f"{sample.name}: {error}") from error
 
-def _start(processor: Processor) -> None:
-  global _processor
-  start_worker()
-  _processor = processor
+  def _rows(self, samples: Iterable[Sample]) -> list[tuple[int, int, int, int]]:
+    """Rows of a LengthTable. Raises DataError for what `Processor.row` refuses a sample for, but for its pixels."""
+    maker = self._processor
+    self._counter = self._counter or TokenCounter(maker.tokenizer)
+    rest: list[tuple[int, ...]] = []  # of each sample: chunks of text, other places, crops, words, images
 
+    def chunks() -> Iterator[list[Piece]]:
+      for sample in samples:
+        pieces = chat.conversation(sample.turns, maker.template, maker.tokenizer, len(sample.images), sample.system)
+        leads, found = chat.stretches(pieces, maker.tokenizer)
+        crops, visual = self._costs(sample)
+        words = sum([len(turn.text.split()) for turn in sample.turns])
+        rest.append((len(found), leads + visual, crops, words, len(sample.images)))
+        yield from found
 
-def _work(samples: Sequence[Sample]) -> np.ndarray:
-  return _measure(_processor, samples)
+    counts = iter(self._counter.count(chunks()))
+    return [
+      (others + sum(itertools.islice(counts, texts)), crops, words, images)
+      for texts, others, crops, words, images in rest
+    ]
+
+  def _costs(self, sample: Sample) -> tuple[int, int]:
+    """(crops, visual tokens) of a sample's images. Raises DataError where a row has no room for them."""
+    maker = self._processor
+    if not maker.aspect.by_size:  # then no image need be looked at
+      crops, visual = len(sample.images), len(sample.images) * maker.tokens_per_crop
+    else:
+      costs = [maker.image_cost(*images.size(image)) for image in sample.images]
+      crops, visual = (sum(cost) for cost in zip((0, 0), *costs))
+    if crops > maker.max_images:
+      raise DataError(f"{crops} crops, and a row has room for {maker.max_images}; raise data.max_images")
+    return crops, visual

@@ -5,19 +5,20 @@ threads and workers nor on the number of processes, so a run that is resumed, or
 would have seen.
 """
 
+import itertools
 from collections.abc import Iterator
 
-import grain
-from absl import flags
+import numpy as np
 
 from mllm_jax.batch import Batch
 from mllm_jax.config import ConfigError, DataConfig, check_batching
-from mllm_jax.data.bad_samples import BadSamples, Made, make
+from mllm_jax.data.bad_samples import BadSamples
 from mllm_jax.data.lengths import LengthTable
 from mllm_jax.data.order import FixedOrder, GroupedOrder, Order, PackedOrder
-from mllm_jax.data.processor import Processor, Row, collate
+from mllm_jax.data.processor import Processor, Row
 from mllm_jax.data.records import DataError, Records
-from mllm_jax.data.workers import start_worker
+from mllm_jax.data.rows import RowMaker, Wanted
+from mllm_jax.data.workers import SHARED_BYTES, in_processes, in_threads
 
 
 class TrainingBatches:
@@ -41,7 +42,7 @@ class TrainingBatches:
     process_index, process_count: this process among those that share a step.
     threads: that decode and tokenize, in each worker; 0 does so when a row is asked for.
     workers: processes that make the rows; 0 makes them in this one.
-    on_bad_sample: "error", "skip" (a row without trained-on tokens) or "replace"; see `bad_samples`. For "fixed" only.
+    on_bad_sample: "error", "skip" (places without trained-on tokens) or "replace"; see `bad_samples` and `rows`.
     bad_samples: is told of every sample in the order of the batches; None puts up with any number of bad ones.
 
   Raises:
@@ -97,11 +98,14 @@ class TrainingBatches:
     self._records = records
     self._processor = processor
     self._batching = batching
+    self._make = RowMaker(records, processor, batching != "fixed", on_bad_sample, seed)
+    # What a sample may take, or another in its place.
+    self._rooms = None
+    if batching != "fixed" and on_bad_sample != "error":
+      self._rooms = np.stack([np.minimum(lengths.places, processor.max_length), lengths.crops], axis=1)
     self._shape = (accumulation, batch_size // parts)
     self._process_index, self._process_count = process_index, process_count
     self._threads, self._workers = threads, workers
-    self._seed = seed
-    self._policy = on_bad_sample
     self._bad_samples = bad_samples
 
   def __len__(self) -> int:
@@ -142,47 +146,53 @@ class TrainingBatches:
     return self._iterate(start_step)
 
   def _iterate(self, start_step: int) -> Iterator[tuple[list[str], Batch | tuple[Batch, ...]]]:
+    if self._bad_samples:
+      self._bad_samples.resume(start_step, self._seen(start_step), self._process_count)
     rows_per_step = self._shape[0] * self._shape[1]
-    ahead = -(-2 * rows_per_step // max(1, self._workers))
-    # Rows and not batches are what the threads share, so that the first batch is not made by one thread alone.
-    numbers = grain.MapDataset.range(start_step * rows_per_step, self.steps * rows_per_step)
-    options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead if self._threads else 0)
-    dataset = numbers.map(self._row).to_iter_dataset(options)
+    # Rows and not batches are what is shared out, so that the first batch is not made by one thread alone.
+    wanted = map(self._wanted, range(start_step * rows_per_step, self.steps * rows_per_step))
     if self._workers:
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain asks for flags of its own, which nobody parses here
-      # Shared memory for pixels only: for each small array of a row it takes longer than sending it.
-      options = grain.experimental.DatasetOptions(min_shm_size=2**16)
-      dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
-      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, ahead), worker_init_fn=start_worker)
-    rows = iter(dataset)
+      row = self._processor.empty_row()
+      shared = sum(values.nbytes for values in row if values.nbytes >= SHARED_BYTES)
+      ahead = -(-2 * rows_per_step // self._workers)
+      rows = in_processes(self._make, wanted, self._workers, self._threads, ahead, shared)
+    else:
+      rows = in_threads(self._make, wanted, self._threads, 2 * rows_per_step)
     try:
-      for _ in range(start_step, self.steps):
-        made = [next(rows) for _ in range(rows_per_step)]
-        samples = [sample for samples, _ in made for sample in samples]
-        for sample in samples if self._bad_samples else ():
-          self._bad_samples.note(sample)
-        filled = [self._processor.empty_row() if row is None else row for _, row in made]
-        yield [sample.name for sample in samples], self._batch(filled)
+      for step in range(start_step, self.steps):
+        names: list[str] = []
+        filled = self._noted(rows, step, names)
+        count = self._shape[1]
+        if self._batching == "group":
+          batch = tuple(_batch(filled, (1, count)) for _ in range(self._shape[0]))
+        else:
+          batch = _batch(filled, self._shape)
+        yield names, batch
     finally:
       rows.close()
 
-  def _row(self, number: int) -> tuple[list[Made], Row | None]:
-    """What became of the samples of a row, and the row; None where its only sample is skipped."""
-    micro_batch, row = self._place(int(number))
-    indices = self._order.samples(row)
-    if self._batching == "fixed":
-      made = make(self._records, indices[0], self._processor.row, self._policy, self._seed)
-      return [made._replace(value=None)], made.value
-    samples = [self._records[i] for i in indices]
-    packed = self._processor.packed_row(samples, self._order.length(micro_batch))
-    return [Made(sample.id, None, "", i, i) for i, sample in zip(indices, samples)], packed
+  def _noted(self, rows: Iterator, step: int, names: list[str]) -> Iterator[Row]:
+    """The rows of a step; the names of their samples are added to `names`. Each is good until the next is asked for."""
+    for samples, row in itertools.islice(rows, self._shape[0] * self._shape[1]):
+      for sample in samples:
+        if self._bad_samples:
+          self._bad_samples.note(sample, step, len(names))
+        names.append(sample.name)
+      yield self._processor.empty_row() if row is None else row
 
-  def _batch(self, rows: list[Row]) -> Batch | tuple[Batch, ...]:
-    if self._batching == "group":
-      count = self._shape[1]
-      return tuple(_shaped(rows[i : i + count], (1, count)) for i in range(0, len(rows), count))
-    return _shaped(rows, self._shape)
+  def _wanted(self, number: int) -> Wanted:
+    """The number-th row that this process makes."""
+    micro_batch, row = self._place(number)
+    samples = self._order.samples(row)
+    rooms = tuple(map(tuple, self._rooms[list(samples)].tolist())) if self._rooms is not None else ()
+    return Wanted(samples, self._order.length(micro_batch), rooms)
+
+  def _seen(self, steps: int) -> int:
+    """Samples that this process has taken in so many steps."""
+    count = steps * self._shape[0] * self._shape[1]
+    if self._batching == "fixed":
+      return count
+    return sum(len(self._order.samples(self._place(number)[1])) for number in range(count))
 
 
 def make_order(
@@ -212,7 +222,13 @@ def make_order(
   return PackedOrder(lengths, data.max_length, row_length, data.max_images, batch_size, epochs, steps, seed)
 
 
-def _shaped(rows: list[Row], shape: tuple[int, int]) -> Batch:
-  """Rows as a Batch whose arrays begin with `shape`."""
-  flat = collate(rows)
-  return Batch(**{field: getattr(flat, field).reshape(shape + getattr(flat, field).shape[1:]) for field in Row._fields})
+def _batch(rows: Iterator[Row], shape: tuple[int, int]) -> Batch:
+  """The next rows as a Batch whose arrays begin with `shape`. A row is copied before the next one is asked for."""
+  count = shape[0] * shape[1]
+  first = next(rows)
+  arrays = [np.empty((count, *values.shape), values.dtype) for values in first]
+  for number, row in enumerate(itertools.chain([first], itertools.islice(rows, count - 1))):
+    for array, values in zip(arrays, row, strict=True):
+      array[number] = values
+  shaped = [array.reshape(shape + array.shape[1:]) for array in arrays]
+  return Batch(**dict(zip(Row._fields, shaped, strict=True)))

@@ -128,16 +128,27 @@ class ChatTokenizer:
     answer's first token, or stands alone before it, and belongs to it either way. A cut changes nothing where no token
     reaches across it.
     """
-    pieces = [piece for piece in pieces if piece.text or piece.kind in ("end", "cut")]
-    if self._swallows_space and pieces and pieces[0].kind == "text" and pieces[0].text.startswith((" ", "\u2581")):
-      # SentencePiece puts a space before every text; the tokenizers library makes do with the text's own first space.
-      pieces = [Piece("text", " ", pieces[0].trained_on), *pieces]
-    cuts = _cuts(pieces)
+    pieces = self.prepare(pieces)
+    cuts = cuts_of(pieces)
     encoded, crossed = self._encode([piece for piece in pieces if piece.kind != "cut"], list(cuts.values()))
     if not crossed:
       return encoded
     needed = lambda place, piece: piece.kind != "cut" or cuts[place] in crossed
     return self._encode([piece for place, piece in enumerate(pieces) if needed(place, piece)], [])[0]
+
+  def prepare(self, pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces of a chunk as they are tokenized: without empty ones, with the space that SentencePiece puts first."""
+    pieces = [piece for piece in pieces if piece.text or piece.kind in ("end", "cut")]
+    if self._swallows_space and pieces and pieces[0].kind == "text" and pieces[0].text.startswith((" ", "\u2581")):
+      # SentencePiece puts a space before every text; the tokenizers library makes do with the text's own first space.
+      return [Piece("text", " ", pieces[0].trained_on), *pieces]
+    return pieces
+
+  def marked(self, pieces: Sequence[Piece]) -> tuple[Tokenizer, str]:
+    """(a tokenizer, the pieces as one text for it): each token of structure is a character that is one token to it."""
+    base = self._free_block([piece.text for piece in pieces if piece.kind == "text"])
+    texts = [piece.text if piece.kind == "text" else chr(base + self._stand_in[self._id_of(piece)]) for piece in pieces]
+    return self._backend_of(base)[0], "".join(texts)
 
   def _encode(self, pieces: Sequence[Piece], cuts: Sequence[int]) -> tuple[Encoded, list[int]]:
     """The pieces' ids, and those of `cuts`, which are offsets in the text, that a token reaches across."""
@@ -192,6 +203,11 @@ class ChatTokenizer:
   def _ids(self, text: str) -> list[int]:
     return self._plain.encode(text, add_special_tokens=False).ids
 
+  @property
+  def backend_json(self) -> str:
+    """The tokenizer as the library writes it."""
+    return self._json
+
   def decode(self, ids: Sequence[int]) -> str:
     """The text of generated ids, without special tokens."""
     return self._plain.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -209,7 +225,7 @@ class ChatTokenizer:
     return [names.get(int(token)) or text(int(token)) for token in ids]
 
 
-def _cuts(pieces: Sequence[Piece]) -> dict[int, int]:
+def cuts_of(pieces: Sequence[Piece]) -> dict[int, int]:
   """{place among the pieces: offset in the joined texts} of the cuts; any other piece but text is one character."""
   offsets, offset = {}, 0
   for place, piece in enumerate(pieces):

@@ -6,20 +6,25 @@ An epoch's cost is counted in places: what the decoder computes, padding include
 
 import argparse
 import dataclasses
-import sys
 import time
 from typing import NamedTuple
 
 import numpy as np
 
-from mllm_jax.config import ConfigError, DataConfig, StageConfig, VisionConfig
-from mllm_jax.data.aspects import Square
+from mllm_jax.config import ConfigError, StageConfig
 from mllm_jax.data.grouping import released_order
-from mllm_jax.data.lengths import LengthTable, measure
+from mllm_jax.data.lengths import SAMPLES_PER_WORKER, LengthTable, measure
 from mllm_jax.data.order import FixedOrder, GroupedOrder, PackedOrder
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.records import DataError, Records
+from mllm_jax.data.records import Records
+from mllm_jax.data_commands.settings import (
+  DataSettings,
+  add_data_arguments,
+  add_model_arguments,
+  data_settings,
+  processor,
+)
 
 PURPOSE = "lengths of the samples, and the padding and the steps of each batching"
 SP_TOKENS = 582  # of one image in LLaVA-SP: 24 x 24 patches and 6 spatial tokens
@@ -44,86 +49,49 @@ class Cost(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--config", default="", help="a recipe, as for the trainer (FILE or FILE:demo)")
-  parser.add_argument("--stage", default="finetune", choices=("pretrain", "finetune"), help="the recipe's stage")
-  parser.add_argument("--workdir", default="", help="what {workdir} in the recipe's paths stands for")
-  parser.add_argument("--path", default="", help="LLaVA JSON or JSON Lines, instead of the recipe's")
-  parser.add_argument("--image_folder", default="", help="folder of its images")
-  parser.add_argument("--llm", default="", help="folder with the language model's tokenizer")
-  parser.add_argument("--template", default="", help="how a conversation becomes a prompt")
-  parser.add_argument("--max_length", type=int, default=0, help="places that a sample is cut to")
-  parser.add_argument("--max_images", type=int, default=0, help="crops of a packed row; as many as suit it")
-  parser.add_argument("--tokens_per_image", type=int, default=0, help=f"visual tokens of an image ({SP_TOKENS})")
+  add_data_arguments(parser)
+  add_model_arguments(parser)
   parser.add_argument("--batch_size", type=int, default=0, help="rows of a step (128)")
-  parser.add_argument("--accumulation", type=int, default=0, help="micro-batches of a step")
+  parser.add_argument("--accumulation", type=int, default=0, help="micro-batches of a step (8)")
   parser.add_argument("--devices", type=int, default=8, help="devices of the released sampler")
   parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="N made-up lengths like mix665k's instead")
   parser.add_argument("--images", type=int, default=0, metavar="N", help="also decode N samples, and time that")
   parser.add_argument("--workers", type=int, default=0, help="processes for --images; 0: threads of this one")
-  parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
-  """Prints everything; returns the exit status."""
-  try:
-    stage, processor = _settings(args)
-    records = None
-    if args.synthetic:
-      table = synthetic_lengths(args.synthetic, args.tokens_per_image or SP_TOKENS, args.seed)
-    else:
-      records = Records.load(stage.data.path, stage.data.image_folder)
-      table = _measured(records, processor)
-    print(histogram(np.minimum(table.places, stage.data.max_length), stage.data.max_length))
-    print(modalities(table, stage.data.max_length))
-    print(cost_table(costs(table, stage, args.devices, args.seed)))
-    if args.images:
-      if records is None:
-        raise ConfigError("--images decodes a data set's pictures; --synthetic has none")
-      print(decoding(records, processor, args.images, args.workers, args.seed))
-  except (ConfigError, DataError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  """Prints everything. Raises ConfigError or DataError for what has to be put right first."""
+  settings = data_settings(args, needed=not args.synthetic)
+  sizes = {name: getattr(args, name) for name in ("batch_size", "accumulation") if getattr(args, name)}
+  stage = settings.stage or StageConfig(batch_size=128, accumulation=8)
+  stage = dataclasses.replace(stage, data=settings.data, **sizes)
+  if args.synthetic and args.images:
+    raise ConfigError("--images decodes a data set's pictures; --synthetic has none")
+  records = maker = None
+  if args.synthetic:
+    table = synthetic_lengths(args.synthetic, args.tokens_per_image or SP_TOKENS, settings.seed)
+  else:
+    maker = processor(args, settings)
+    if maker is None:
+      raise ConfigError(
+        "whose lengths? name the language model's folder with --llm=DIR, or a recipe with --config=FILE"
+      )
+    records = settings.open()
+    table = _measured(records, maker, settings, args.processes)
+  print(histogram(np.minimum(table.places, stage.data.max_length), stage.data.max_length))
+  print(modalities(table, stage.data.max_length))
+  print(cost_table(costs(table, stage, args.devices, settings.seed)))
+  if args.images:
+    print(decoding(records, maker, args.images, args.workers, settings.seed))
   return 0
 
 
-def _settings(args: argparse.Namespace) -> tuple[StageConfig, Processor | None]:
-  """The recipe's stage, or a default one, with what the command line gives; and what measures its samples."""
-  given = {
-    name: getattr(args, name)
-    for name in ("path", "image_folder", "template", "max_length", "max_images")
-    if getattr(args, name)
-  }
-  sizes = {name: getattr(args, name) for name in ("batch_size", "accumulation") if getattr(args, name)}
-  if args.config:
-    from mllm_jax import build, preflight
-    from mllm_jax.command_line import parse
-
-    config, workdir, _ = parse(["stats", f"--config={args.config}"])
-    config = preflight.in_workdir(config, args.workdir or str(workdir))
-    stage = getattr(config, args.stage)
-    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, **given), **sizes)
-    if args.synthetic:
-      return stage, None
-    model = build.architecture(config.model, stage.lora)
-    return stage, build.make_processor(model, build.tokenizer_folder(args.llm or config.model.llm), stage.data)
-  stage = StageConfig(data=DataConfig(**given), **{"batch_size": 128, "accumulation": 8} | sizes)
-  if args.synthetic:
-    return stage, None
-  if not (args.path and args.llm):
-    raise ConfigError("which data? give --config=FILE, or --path=JSON with --llm=FOLDER, or --synthetic=N")
-  from mllm_jax.data.chat import load_tokenizer
-
-  data = stage.data
-  tokens = args.tokens_per_image or SP_TOKENS
-  tokenizer = load_tokenizer(args.llm)
-  return stage, Processor(tokenizer, Square(VisionConfig(), tokens), data.template, data.max_length, data.max_images)
-
-
-def _measured(records: Records, processor: Processor) -> LengthTable:
+def _measured(records: Records, maker: Processor, settings: DataSettings, processes: int) -> LengthTable:
   from tqdm import tqdm
 
+  workers = min(processes, len(records) // SAMPLES_PER_WORKER)
   with tqdm(total=len(records), desc="lengths", unit="sample", dynamic_ncols=True) as bar:
-    return measure(records, processor, progress=bar.update)
+    return measure(records, maker, workers, bar.update, settings.data.on_bad_sample, settings.seed)
 
 
 def synthetic_lengths(count: int, tokens_per_image: int = SP_TOKENS, seed: int = 0) -> LengthTable:
@@ -248,13 +216,3 @@ def decoding(records: Records, processor: Processor, count: int, workers: int, s
   made = sum(len(ids) for ids, _ in batches)
   seconds = time.perf_counter() - start
   return f"\n{made / seconds:.1f} samples/s decoded, resized and tokenized ({workers or 'no'} worker processes)"
-
-
-def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog="python -m mllm_jax.data_commands.stats", description=PURPOSE)
-  add_arguments(parser)
-  return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))

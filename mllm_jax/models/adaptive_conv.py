@@ -19,22 +19,22 @@ EXACT = jax.lax.Precision.HIGHEST  # float32 products also where the hardware wo
 
 @jax.custom_vjp
 def adaptive_conv(source: jax.Array, weights: jax.Array, grid: jax.Array) -> jax.Array:
-  """One map, upsampled: out[pixel (i, j) of cell p] = sum over dy, dx of weights[i, j, dy, dx, p] source[cell at p + (dy, dx)].
+  """One map, upsampled: pixel (i, j) of cell p is the sum over dy, dx of weights[i, j, dy, dx, p] cell[p + (dy, dx)].
 
   source: [P, C], finite everywhere. weights: float32 [n, n, d, d, P] with d odd, the middle one the cell itself; those
-  of cells beyond the map are 0. grid: int32 [2], (h, w). Returns the flat map of (n h, n w), [n * n * P, C], padding 0, in the type of source;
-  products and sums are float32.
+  of cells beyond the map are 0. grid: int32 [2], (h, w). Returns the flat map of (n h, n w), [n * n * P, C], padding 0,
+  in the type of source; products and sums are float32.
   """
   n, diameter, count = weights.shape[0], weights.shape[2], source.shape[0]
   starts = _starts(grid, diameter, count)
   rows = _with_margin(source, diameter)
 
   def step(_, operands):
-    band, start = operands
+    weights, start = operands
     window = _windows(rows, start, diameter)
-    return None, jnp.einsum("rok,rkc->roc", band, window, precision=EXACT).astype(source.dtype)
+    return None, jnp.einsum("rok,rkc->roc", _bands(weights), window, precision=EXACT).astype(source.dtype)
 
-  _, cells = jax.lax.scan(step, None, (_bands(weights, starts.shape), starts))
+  _, cells = jax.lax.scan(step, None, (_by_step(weights, starts.shape), starts))
   return flat.from_cells(cells.reshape(-1, n * n, source.shape[1])[:count], grid, n)
 
 
@@ -47,27 +47,24 @@ def _backward(residuals, cotangent: jax.Array):
   (count, width), n, diameter = source.shape, weights.shape[0], weights.shape[2]
   starts = _starts(grid, diameter, count)
   rows = _with_margin(source, diameter)
-  lines, valid = flat.lines_of_cells(grid, count, n)
-  shape = starts.shape[:2]
-  lines, valid = _padded_places(lines, shape), _padded_places(valid, shape)
+  lines, valid = (_padded_places(x, starts.shape) for x in flat.lines_of_cells(grid, count, n))
   cotangent_lines = cotangent.reshape(n * count, n * width)
-  stretch = jnp.arange(RUN + diameter - 1)
+  margin = RUN + diameter - 1
 
   def step(gradient, operands):
-    band, start, line, is_cell = operands
+    weights, start, line, is_cell = operands
     window = _windows(rows, start, diameter)
     pixels = jnp.where(is_cell[..., None, None], cotangent_lines[line], 0).astype(jnp.float32)
     pixels = pixels.reshape(window.shape[0], -1, width)
     band_gradient = jnp.einsum("roc,rkc->rok", pixels, window, precision=EXACT)
-    window_gradient = jnp.einsum("rok,roc->rkc", band, pixels, precision=EXACT)
-    gradient = gradient.at[start[..., None] + stretch].add(window_gradient.reshape(*start.shape, -1, width))
-    return gradient, band_gradient
+    window_gradient = jnp.einsum("rok,roc->rkc", _bands(weights), pixels, precision=EXACT)
+    window_gradient = window_gradient.reshape(*start.shape, margin, width)
+    gradient = gradient.at[start[..., None] + jnp.arange(margin)].add(window_gradient)
+    return gradient, _from_bands(band_gradient, n * n, diameter)
 
-  operands = (_bands(weights, starts.shape), starts, lines, valid)
-  gradient, band_gradients = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), operands)
-  margin = RUN + diameter - 1
-  source_gradient = gradient[margin : margin + count].astype(source.dtype)
-  return source_gradient, _from_bands(band_gradients, weights.shape), None
+  operands = (_by_step(weights, starts.shape), starts, lines, valid)
+  gradient, weight_gradients = jax.lax.scan(step, jnp.zeros(rows.shape, jnp.float32), operands)
+  return gradient[margin : margin + count].astype(source.dtype), _from_steps(weight_gradients, weights.shape), None
 
 
 adaptive_conv.defvjp(_forward, _backward)
@@ -102,33 +99,45 @@ def _windows(rows: jax.Array, starts: jax.Array, diameter: int) -> jax.Array:
   return take(starts).reshape(starts.shape[0], -1, rows.shape[1]).astype(jnp.float32)
 
 
-def _padded_places(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _padded_places(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """x [P, ...] -> [steps, runs, RUN, ...], what is added being 0."""
-  added = shape[0] * shape[1] * RUN - x.shape[0]
-  return jnp.pad(x, ((0, added), *[(0, 0)] * (x.ndim - 1))).reshape(*shape, RUN, *x.shape[1:])
+  steps, runs = shape[:2]
+  x = jnp.pad(x, ((0, steps * runs * RUN - x.shape[0]), *[(0, 0)] * (x.ndim - 1)))
+  return x.reshape(steps, runs, RUN, *x.shape[1:])
 
 
-def _bands(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Weights [n, n, d, d, P] as banded matrices [steps, runs, RUN * n * n, d * (RUN + d - 1)].
+def _by_step(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Weights [n, n, d, d, P] -> [steps, n * n, d, d, runs, RUN]."""
+  steps, runs = shape[:2]
+  n, _, diameter, _, count = weights.shape
+  weights = jnp.pad(weights, ((0, 0),) * 4 + ((0, steps * runs * RUN - count),))
+  return jnp.moveaxis(weights.reshape(n * n, diameter, diameter, steps, runs, RUN), 3, 0)
+
+
+def _from_steps(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The transpose of `_by_step`, to this shape of weights."""
+  weights = jnp.moveaxis(weights, 0, 3)
+  return weights.reshape(*weights.shape[:3], -1)[..., : shape[-1]].reshape(shape)
+
+
+def _bands(weights: jax.Array) -> jax.Array:
+  """The weights of a step, [n * n, d, d, runs, RUN], as banded matrices [runs, RUN * n * n, d * (RUN + d - 1)].
 
   A row of d weights is filled up to the length of a stretch and one more, and all rows are written one after another:
   read in lengths of a stretch, each lies one place further right than the one above.
   """
-  n, _, diameter, _, _ = weights.shape
+  pixels, diameter, _, runs, _ = weights.shape
   stretch = RUN + diameter - 1
-  places = _padded_places(jnp.moveaxis(weights, -1, 0), shape[:2])  # [steps, runs, RUN, n, n, d, d]
-  places = jnp.moveaxis(places.reshape(*shape[:2], RUN, n * n, diameter, diameter), 2, 4)
-  skewed = jnp.pad(places, ((0, 0),) * 5 + ((0, stretch + 1 - diameter),))
-  skewed = skewed.reshape(*skewed.shape[:4], -1)[..., : RUN * stretch].reshape(*skewed.shape[:4], RUN, stretch)
-  return jnp.moveaxis(skewed, 4, 2).reshape(*shape[:2], RUN * n * n, diameter * stretch)
+  places = weights.transpose(3, 0, 1, 4, 2)
+  skewed = jnp.pad(places, ((0, 0),) * 4 + ((0, stretch + 1 - diameter),)).reshape(runs, pixels, diameter, -1)
+  skewed = skewed[..., : RUN * stretch].reshape(runs, pixels, diameter, RUN, stretch)
+  return skewed.transpose(0, 3, 1, 2, 4).reshape(runs, RUN * pixels, diameter * stretch)
 
 
-def _from_bands(bands: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The transpose of `_bands`: what lies on the bands, as weights of this shape."""
-  n, _, diameter, _, count = shape
-  stretch = RUN + diameter - 1
-  skewed = bands.reshape(-1, RUN, n * n, diameter, stretch)
-  skewed = jnp.moveaxis(skewed, 1, 3).reshape(-1, n * n, diameter, RUN * stretch)
-  skewed = jnp.pad(skewed, ((0, 0),) * 3 + ((0, RUN),)).reshape(-1, n * n, diameter, RUN, stretch + 1)
-  places = jnp.moveaxis(skewed[..., :diameter], 3, 1).reshape(-1, n, n, diameter, diameter)[:count]
-  return jnp.moveaxis(places, 0, -1)
+def _from_bands(bands: jax.Array, pixels: int, diameter: int) -> jax.Array:
+  """The transpose of `_bands`: what lies on the bands, [n * n, d, d, runs, RUN]."""
+  runs, stretch = bands.shape[0], RUN + diameter - 1
+  skewed = bands.reshape(runs, RUN, pixels, diameter, stretch).transpose(0, 2, 3, 1, 4)
+  skewed = jnp.pad(skewed.reshape(runs, pixels, diameter, -1), ((0, 0),) * 3 + ((0, RUN),))
+  places = skewed.reshape(runs, pixels, diameter, RUN, stretch + 1)[..., :diameter]
+  return places.transpose(1, 2, 4, 0, 3)

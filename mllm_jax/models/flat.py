@@ -79,7 +79,7 @@ def from_cells(cells: jax.Array, grid: jax.Array, n: int) -> jax.Array:
 
 
 def lines_of_cells(grid: jax.Array, count: int, n: int) -> tuple[jax.Array, jax.Array]:
-  """The way back of `from_cells`: which lines of n pixels the cells have, [P, n], and which cells are of the map, [P]."""
+  """The way back of `from_cells`: the lines of n pixels of each cell, [P, n], and which cells are of the map, [P]."""
   row, column, valid = coordinates(grid, count)
   return (row[:, None] * n + jnp.arange(n)) * jnp.maximum(grid[1], 1) + column[:, None], valid
 

@@ -125,7 +125,20 @@ def test_substitutes_depend_on_seed_and_index():
 def write_many(folder, process):
   log = BadSamples(1.0, folder)
   for i in range(200):
-    log.note(bad_samples.Made("x", None, "p" * 300, process * 1000 + i, -1))
+    log.note(bad_samples.Made("x", None, "p" * 300, process * 1000 + i, -1), 0, i)
+
+
+def test_what_processes_found_before_is_shared_among_them(tmp_path):
+  log = BadSamples(1.0, tmp_path)
+  for step in range(6):
+    log.note(bad_samples.Made("x", None, "p", 100 + step, -1), step, 0)
+  with open(tmp_path / bad_samples.FILE, "a") as file:
+    file.write('{"index": 3, "problem": "of an older version"}\n{"step": 1, "pla')  # the second cut by a crash
+  again = BadSamples(1.0, tmp_path)
+  again.resume(4, 40, 2)
+  assert (again.seen, again.bad) == (40, 2)
+  again.resume(0, 0)
+  assert (again.seen, again.bad) == (0, 0)
 
 
 def test_processes_do_not_tear_each_others_lines(tmp_path):

@@ -1,5 +1,6 @@
 """Batches of several samples a row or of several lengths, and batches made by worker processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,13 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mllm_jax.config import ConfigError, DataConfig, VisionConfig, check_batching
 from mllm_jax.data import lengths
-from mllm_jax.data.aspects import Square
+from mllm_jax.data.__main__ import main
+from mllm_jax.data.aspects import Anyres, Square
+from mllm_jax.data.bad_samples import FILE, BadSamples
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor, Row
 from mllm_jax.data.records import DataError, Records
+from mllm_jax.data.rows import RowMaker, Wanted
+from mllm_jax.data.sources.mix import open_data
 
 N = 23
 T = 3  # visual tokens of an image
@@ -315,3 +321,162 @@ if __name__ == "__main__":
   finally:
     process.kill()
     process.communicate()
+
+
+BAD = (3, 7, 8, 13)  # a broken picture, a missing one, no pictures, more pictures than a row has room for
+
+
+@pytest.fixture
+def damaged(records):
+  """The records, four of which cannot be used; 8 is known to be so before its picture is opened, and so is 13."""
+  content = json.loads(Path(records.source).read_text())
+  Path(records.image_folder, "3.png").write_bytes(b"<html>")
+  os.remove(Path(records.image_folder, "7.png"))
+
+  content[8]["conversations"][0]["value"] = "<image><image>"
+  content[13]["image"] = ["13.png"] * 4
+  content[13]["conversations"][0]["value"] = "<image>" * 4
+  Path(records.source).write_text(json.dumps(content))
+  return Records.load(records.source, records.image_folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+@pytest.mark.parametrize("batching", ["group", "pack"])
+def test_bad_samples_in_rows_of_known_lengths(damaged, processor, tmp_path, batching, policy, workers):
+  with pytest.raises(DataError, match=r"sample 8 \('8'\): 2 <image> in the human turns but 0 images"):
+    lengths.measure(damaged, processor)
+  table = lengths.measure(damaged, processor, policy=policy, seed=3)
+  if policy == "skip":
+    assert not any(getattr(table, name)[[8, 13]].any() for name in lengths.FIELDS)
+  else:
+    assert (table.places[[8, 13]] > 0).all()
+  log = BadSamples(1.0, tmp_path)
+  options = {"row_length": 460} if batching == "pack" else {"buckets": (150, 190, 230)}
+  options |= {"lengths": table, "batching": batching, "batch_size": 4, "seed": 3, "epochs": 2, "threads": 0}
+  batches = TrainingBatches(
+    damaged, processor, on_bad_sample=policy, bad_samples=log, workers=workers, **options | {"accumulation": 2}
+  )
+  rows_of_good = {str(i): processor.row(damaged[i]) for i in range(N) if i not in BAD}
+  seen = replaced = 0
+  for step, (names, batch) in enumerate(batches):
+    names = iter(names)
+    parts = batch if batching == "group" else (batch,)
+    flat = lambda field: [row for part in parts for row in getattr(part, field).reshape(-1, part.tokens.shape[-1])]
+    tokens, segments = flat("tokens"), flat("segment_ids")
+    for samples, row_tokens, row_segments in zip(batches.rows(step), tokens, segments, strict=True):
+      segment = 0
+      for i, name in zip(samples, names):
+        seen += 1
+        if policy == "skip" and i in BAD:
+          assert name in (str(i), str(damaged[i].id))
+          continue
+        if name not in rows_of_good:  # nothing fitted in its place
+          assert i in BAD
+          continue
+        assert name == str(i) or i in BAD
+        replaced += name != str(i)
+        segment += 1
+        own = rows_of_good[name]
+        np.testing.assert_array_equal(row_tokens[row_segments == segment], own.tokens[own.segment_ids > 0])
+      assert row_segments.max() == segment
+  assert log.seen == seen and log.bad >= len(BAD)
+  assert (replaced > 0) == (policy == "replace")
+  written = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+  assert {line["index"] for line in written} == set(BAD) and len(written) == log.bad
+
+
+def test_no_other_sample_fits(damaged, processor):
+  """Then the places stay empty."""
+  maker = RowMaker(damaged, processor, True, "replace", 0)
+  made, row = maker(Wanted((1, 3), 460, ((230, 1), (5, 1))))
+  assert [each.used for each in made] == [1, -1] and "other samples tried in its place are bad too" in made[1].problem
+  np.testing.assert_array_equal(row.tokens[:230], processor.row(damaged[1]).tokens)
+  assert row.segment_ids.max() == 1
+
+
+@pytest.mark.parametrize("batching", ["fixed", "group", "pack"])
+def test_counts_of_bad_samples_go_on_where_a_run_does(damaged, processor, tmp_path, batching):
+  table = lengths.measure(damaged, processor, policy="skip")
+  options = {"row_length": 460} if batching == "pack" else {}
+  options |= {"lengths": table, "batching": batching, "batch_size": 4, "seed": 3, "epochs": 6, "threads": 0}
+  make = lambda folder: TrainingBatches(
+    damaged, processor, on_bad_sample="skip", bad_samples=BadSamples(1.0, folder), **options
+  )
+  whole, broken = make(tmp_path / "whole"), make(tmp_path / "broken")
+  assert len(list(whole)) > 5
+  iterator = iter(broken)
+  for _ in range(4):
+    next(iterator)
+  iterator.close()
+  again = make(tmp_path / "broken")  # after a crash, from a checkpoint two steps before
+  list(again.iterate(2))
+  log, expected = again._bad_samples, whole._bad_samples
+  assert (log.seen, log.bad) == (expected.seen, expected.bad)
+  assert (tmp_path / "broken" / FILE).read_text() == (tmp_path / "whole" / FILE).read_text()
+
+
+def test_tiled_pictures_are_measured_by_their_headers(write_data, tokenizers, tmp_path, monkeypatch):
+  turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A dog."}]
+  path, folder = write_data([{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(12)])
+  draw = np.random.default_rng(0)
+  for i in range(12):
+    shape = (*draw.integers(10, 200, 2), 3)
+    Image.fromarray(draw.integers(0, 256, shape, np.uint8)).save(f"{folder}/{i}.png")
+  os.rename(f"{folder}/5.png", f"{folder}/5.jpg")  # found under another extension
+  maker = Processor(tokenizers[False], Anyres(VisionConfig(image_size=28), 4), "vicuna_v1", 400, 10)
+  records = Records.load(path, folder)
+  with monkeypatch.context() as patch:
+    patch.setattr(Image.Image, "resize", None)  # nothing is decoded
+    patch.setattr("mllm_jax.data.images.decode", None)
+    table = lengths.measure(records, maker)
+  rows = [maker.row(sample) for sample in records]
+  assert table.places.tolist() == [int((row.segment_ids > 0).sum()) for row in rows]
+  assert table.crops.tolist() == [int(row.grids.any(axis=1).sum()) for row in rows]
+  assert len(set(table.crops.tolist())) > 1 and (table.images == 1).all()
+  batches = TrainingBatches(
+    records, maker, batching="pack", row_length=800, lengths=table, batch_size=2, threads=0, epochs=2
+  )
+  for _, batch in batches:
+    assert batch.patches.shape[:3] == (1, 2, 10)
+  narrow = Processor(tokenizers[False], Anyres(VisionConfig(image_size=28), 4), "vicuna_v1", 400, 2)
+  with pytest.raises(DataError, match="crops, and a row has room for 2; raise data.max_images"):
+    lengths.measure(records, narrow)
+  os.remove(f"{folder}/3.png")
+  with pytest.raises(DataError, match=r"sample 3 \('3'\): image .*3.png is missing"):
+    lengths.measure(records, maker)
+  with open(f"{folder}/3.png", "wb") as file:
+    file.write(b"<html>")
+  with pytest.raises(DataError, match=r"sample 3 \('3'\): image .*3.png cannot be decoded .*it is no image"):
+    lengths.measure(records, maker)
+
+
+def test_lengths_of_mixes_and_shards_are_kept(records, processor, tmp_path, write_data):
+  other = write_data(
+    [{"id": "x", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}], "b"
+  )
+  os.rename(other[0], other[0] + ".json")
+  rows = lambda share: DataConfig(
+    path=records.source, image_folder=records.image_folder, mix=((other[0] + ".json", "", share),)
+  )
+  measured = []
+  ask = lambda records: lengths.measured(tmp_path / "lengths.npz", records, processor, progress=measured.append)
+  for _ in range(2):
+    table = ask(open_data(rows("2.0"), 0))
+  assert len(table) == N + 2 and sum(measured) == N + 2
+  assert len(ask(open_data(rows("1.0"), 0))) == N + 1 and sum(measured) == 2 * N + 3
+  os.utime(other[0] + ".json", ns=(1, 1))
+  ask(open_data(rows("1.0"), 0))
+  assert sum(measured) == 3 * N + 4
+
+  shards = tmp_path / "shards"
+  main(["prepare", f"--path={records.source}", f"--image_folder={records.image_folder}", f"--out={shards}"]
+       + ["--samples_per_shard=9", "--processes=1"])  # fmt: skip
+  before = sum(measured)
+  for _ in range(2):
+    table = ask(Records.load(str(shards), ""))
+  assert sum(measured) == before + N
+  np.testing.assert_array_equal(table.places, lengths.measure(records, processor).places)
+  os.utime(sorted(shards.glob("*.arrayrecord"))[1], ns=(1, 1))
+  ask(Records.load(str(shards), ""))
+  assert sum(measured) == before + 2 * N

@@ -218,3 +218,32 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
   with pytest.raises(DataError, match="DecompressionBombError"):
     images.load(path)
+
+
+def test_preprocessing_is_padding_and_then_resizing_of_the_whole_square():
+  """Wide pictures are made narrow before they are padded, which must not change a single byte."""
+  draw = np.random.default_rng(0)
+  shapes = [(480, 640), (375, 500), (427, 640), (640, 480), (333, 334), (1, 50), (2, 999), (50, 1), (336, 336), (7, 9)]
+  shapes += [tuple(draw.integers(1, 900, 2)) for _ in range(40)]
+  for number, (height, width) in enumerate(shapes):
+    values = draw.integers(0, 256, (height, width, 3), np.uint8)
+    picture = Image.fromarray(np.where(values > 127, 255, 0).astype(np.uint8) if number % 2 else values)
+    for size in (28, 336):
+      vision = VisionConfig(image_size=size, mean=tuple(draw.random(3)))
+      fill = tuple(int(255 * mean) for mean in vision.mean)
+      square = np.empty((max(width, height),) * 2 + (3,), np.uint8)
+      square[:] = fill
+      top, left = (len(square) - height) // 2, (len(square) - width) // 2
+      square[top : top + height, left : left + width] = np.asarray(picture)
+      expected = Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)
+      np.testing.assert_array_equal(images.preprocess(picture, vision), np.asarray(expected), f"{width} x {height}")
+
+
+def test_a_size_is_read_from_the_header(tmp_path):
+  picture = Image.fromarray(np.zeros((30, 40, 3), np.uint8))
+  picture.save(tmp_path / "a.jpg")
+  data = (tmp_path / "a.jpg").read_bytes()
+  assert images.size(str(tmp_path / "a.jpg")) == images.size(data) == images.size(str(tmp_path / "a.png")) == (40, 30)
+  for source, message in ((str(tmp_path / "b.jpg"), "is missing"), (b"<html>", "cannot be decoded")):
+    with pytest.raises(DataError, match=f"sample 3: image .*{message}"):
+      images.size(source, sample_name="sample 3")

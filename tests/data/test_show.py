@@ -12,6 +12,7 @@ from PIL import Image
 
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import images
+from mllm_jax.data.__main__ import main
 from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Records
@@ -133,20 +134,20 @@ def test_the_command(write_data, tmp_path, capsys):
   towers = [f"--llm={DEMO_ASSETS / 'llama'}", f"--vision={DEMO_ASSETS / 'clip'}"]
   out = tmp_path / "page.html"
   data = [f"--path={path}", f"--image_folder={folder}"]
-  assert show.main([*data, *towers, "--projector=mlp2x_gelu", "--image_aspect=anyres", f"--out={out}"]) == 0
+  assert main(["show", *data, *towers, "--projector=mlp2x_gelu", "--image_aspect=anyres", f"--out={out}"]) == 0
   assert "6 samples in" in capsys.readouterr().out and len(cards(out.read_text())) == 6
   recipe = ["--config=configs/llava15.py:demo", "--config.finetune.data.max_length=99"]
-  assert show.main([*recipe, *data, "--count=1", f"--out={out}"]) == 0
+  assert main(["show", *recipe, *data, "--count=1", f"--out={out}"]) == 0
   assert "of 99 places" in out.read_text() and len(cards(out.read_text())) == 1
   for options, told in (
     ([], "which data?"),
     ([*data, *towers, "--template=chatml"], "no special token '<|im_start|>'"),
     ([f"--path={tmp_path}/none.json", *towers], "no such file"),
   ):
-    assert show.main([*options, f"--out={out}"]) == 2
+    assert main(["show", *options, f"--out={out}"]) == 2
     assert told in capsys.readouterr().err
   with pytest.raises(SystemExit):
-    show.main(["--nothing"])
+    main(["show", "--nothing"])
 
 
 def test_ids_are_read_once_each(tmp_path, tokenizers):

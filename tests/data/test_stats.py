@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.config import DataConfig, StageConfig
+from mllm_jax.data.__main__ import main
 from mllm_jax.data.lengths import LengthTable
 from mllm_jax.data_commands import stats
 
@@ -34,7 +35,7 @@ def test_a_histogram_counts_every_sample_once():
 
 
 def run(*argv: str) -> int:
-  return stats.main(list(argv))
+  return main(["stats", *argv])
 
 
 def test_a_data_set_on_the_command_line(write_data, tokenizer_folders, capsys):
@@ -68,7 +69,8 @@ def test_the_data_of_a_recipe(tmp_path, capsys):
 @pytest.mark.parametrize(
   "argv, message",
   [
-    ([], "which data? give --config=FILE, or --path=JSON with --llm=FOLDER"),
+    ([], "which data? name a recipe with --config=FILE, or the data with --path=FILE"),
+    (["--path=tests"], "whose lengths? name the language model's folder with --llm=DIR"),
     (["--config=nowhere.py"], "nowhere.py"),
     (["--synthetic=1000", "--images=3"], "--synthetic has none"),
   ],

@@ -129,3 +129,29 @@ def test_the_command_line(capsys):
   command = [sys.executable, "-m", "mllm_jax.data", "check", "--help"]
   result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
   assert result.returncode == 0 and "--image_folder" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["check", "prepare", "show", "stats"])
+def test_all_commands_name_their_data_alike(command, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "200")
+  with pytest.raises(SystemExit):
+    main([command, "--help"])
+  shown = capsys.readouterr().out
+  for option in (
+    "config",
+    "stage",
+    "workdir",
+    "path",
+    "image_folder",
+    "template",
+    "max_length",
+    "image_aspect",
+    "seed",
+  ):
+    assert f"--{option}" in shown
+  out = [f"--out={tmp_path / 'out'}"] if command != "stats" else []
+  assert main([command, "--path=none.json", "--config.seed=1", *out]) == 2
+  assert "--config.seed=1 overrides a recipe" in capsys.readouterr().err
+  recipe = ["--config=configs/sp_cropping.py:demo", f"--workdir={tmp_path}"]
+  assert main([command, *recipe, "--config.finetune.data.mix=(('nowhere.json','','0.5'),)", *out]) == 2
+  assert "nowhere.json: no such file" in capsys.readouterr().err

@@ -106,3 +106,15 @@ def test_sizes_and_names_of_the_projectors():
   assert projectors.tokens_per_crop(full) == 144
   with pytest.raises(ConfigError, match="projector.kind='hiwi' is unknown; known: spatial, mlp2x_gelu, hiwin"):
     abstract(dataclasses.replace(CONFIG, projector=ProjectorConfig(kind="hiwi")))
+
+
+def test_an_image_that_is_not_that_of_the_features_is_refused():
+  projector = projectors.make(CONFIG, nnx.Rngs(0))
+  features, patches, grids = (
+    np.zeros((1, 2, PATCHES, 16)),
+    np.zeros((1, 2, PATCHES, 588)),
+    np.zeros((1, 2, 2), np.int32),
+  )
+  for wrong in ((patches[:, :, 1:], grids), (patches, grids[:, 1:])):
+    with pytest.raises(ConfigError, match=r"does not match features of 64 patches in \(1, 2\) crops"):
+      projector(features, *wrong)

@@ -26,6 +26,11 @@ class MixedRecords(Records):
     self._sources, self._chosen = tuple(sources), tuple(chosen)
     self._first = np.concatenate([[0], np.cumsum([len(each) for each in chosen])]).astype(np.int64)
 
+  @property
+  def parts(self) -> list[tuple[Records, np.ndarray]]:
+    """The sources, each with the samples chosen of it."""
+    return list(zip(self._sources, self._chosen, strict=True))
+
   def __len__(self) -> int:
     return int(self._first[-1])
 

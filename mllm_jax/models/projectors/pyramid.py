@@ -21,11 +21,11 @@ KINDS = ("vdim", "bilinear", "deconv", "none")
 
 
 def make(kind: str, levels: tuple[int, ...], width: int, rngs: nnx.Rngs) -> nnx.Module:
-  """The pyramid of this kind, one of KINDS, of C = `width` channels that gives these levels: level l is 2^l times as high and wide.
+  """The pyramid of this kind, one of KINDS, with C = `width` channels. Level l is 2^l times as high and wide.
 
   All have the same call: (features [..., P, C], patches float32 [..., P, side * side * 3], grids int32 [..., 2],
-  dropout_key=None) -> {level: flat map [..., 4^l P, C] of (2^l h, 2^l w), padding 0}; `vdim.Vdim` says more. Only VDIM looks at
-  the patches and uses the key.
+  dropout_key=None) -> {level: flat map [..., 4^l P, C] of (2^l h, 2^l w), padding 0} with the levels asked for. Only
+  VDIM looks at the patches and uses the key.
 
   Raises ConfigError for an unknown kind, and for levels that there are not.
   """

@@ -63,8 +63,8 @@ class UhdV1Resampler(nnx.Module):
 
 
 class Mlp144(nnx.Module):
-  """Every level resized to g x g bilinearly, the channels side by side, then Linear, exact GELU, Linear (LLaVA-UHD v2,
-  figure 5a). Raises ConfigError for levels that do not grow.
+  """Every level resized to g x g bilinearly, the channels side by side, then exact GELU and Linear, twice: as released, a
+  GELU comes first (LLaVA-UHD v2, figure 5a). Raises ConfigError for levels that do not grow.
   """
 
   def __init__(self, levels: tuple[int, ...], vision_width: int, width: int, *, query_grid: int = 12, rngs: nnx.Rngs):
@@ -86,7 +86,8 @@ class Mlp144(nnx.Module):
     del folded
     check_maps(self.levels, levels)
     resized = [resize(levels[level], grids * 2**level, self.query_grid) for level in self.levels]
-    return self.fc2(jax.nn.gelu(self.fc1(jnp.concatenate(resized, -1)), approximate=False))
+    gelu = lambda x: jax.nn.gelu(x, approximate=False)
+    return self.fc2(gelu(self.fc1(gelu(jnp.concatenate(resized, -1)))))
 
 
 def resize(maps: jax.Array, sizes: jax.Array, side: int) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from mllm_jax.config import ProjectorConfig, VisionConfig
+from mllm_jax.config import ConfigError, ProjectorConfig, VisionConfig
 from mllm_jax.models.projectors import pyramid
 from mllm_jax.models.projectors.hiwin import HiwinAttention
 from mllm_jax.models.projectors.resampler import Mlp144, UhdV1Resampler
@@ -51,6 +51,11 @@ class UhdProjector(nnx.Module):
       maps = {level: rows_only(x) for level, x in self.pyramid(features, patches, grids).items()}
       return rows_only(self.resampler(maps, grids, folded))
 
+    if patches.shape[:-1] != patch_features.shape[:-1] or grids.shape != (*patch_features.shape[:-2], 2):
+      raise ConfigError(
+        f"an image of {patches.shape[-2]} patches in {grids.shape[:-1]} crops does not match features of "
+        f"{patch_features.shape[-2]} patches in {patch_features.shape[:-2]} crops: both must be of the same crops"
+      )
     patch_features = rows_only(patch_features)
     by_crop = jax.tree.map(lambda x: x.swapaxes(0, 1), (patch_features, patches, grids))
     _, tokens = jax.lax.scan(lambda _, crops: (None, crop(folded, *crops)), None, by_crop)

@@ -42,8 +42,7 @@ LEVELS = 3
 def conv1x1(in_width: int, out_width: int, rngs: nnx.Rngs) -> Linear:
   """A 1 x 1 convolution with a bias, initialised as PyTorch does it."""
   init = uniform(1 / math.sqrt(in_width))
-  bias_init = lambda key, shape: init(key, shape)
-  return Linear(in_width, out_width, bias=True, rngs=rngs, kernel_init=init, bias_init=bias_init)
+  return Linear(in_width, out_width, bias=True, rngs=rngs, kernel_init=init, bias_init=init)
 
 
 def apply_to_channels(layer: Linear, x: jax.Array) -> jax.Array:
@@ -63,8 +62,8 @@ def drop_channels(x: jax.Array, rate: float, key: jax.Array | None, axis: int) -
 class Stage(nnx.Module):
   """One joint bilateral upsampling to twice the height and width. Its methods take one map; `jax.vmap` them.
 
-  A pixel is (a, b, p): row a and column b of the 2 x 2 pixels of cell p. G stands for the guidance float32
-  [2, 2, 3, P], the image averaged over each pixel. A tap is (i, j), the pixel i - 3 further down and j - 3 to the right.
+  A pixel is (a, b, p): row a and column b of the 2 x 2 pixels of cell p. The guidance float32 [2, 2, 3, P] is the image
+  averaged over each pixel. A tap is (i, j), the pixel i - 3 further down and j - 3 to the right.
   """
 
   def __init__(self, *, rngs: nnx.Rngs):
@@ -109,13 +108,8 @@ class Stage(nnx.Module):
     return adaptive_conv(source, cell_weights(self.kernel(guidance, grid, key), grid), grid)
 
 
-@jax.custom_vjp
-def shift(x: jax.Array, by: jax.Array) -> jax.Array:
-  """x [..., P] moved `by` places towards its end, round and round. Its gradient moves back, without a scatter."""
-  return jnp.roll(x, by, axis=-1)
-
-
-shift.defvjp(lambda x, by: (shift(x, by), by), lambda by, cotangent: (shift(cotangent, -by), None))
+# A pixel's taps by their rows and columns counted from the first of its cell: 3 both ways from row 0 and from row 1.
+OFFSETS = range(-RADIUS, RADIUS + 2)
 
 
 def neighbour_scores(keys: jax.Array, grid: jax.Array) -> jax.Array:
@@ -123,18 +117,48 @@ def neighbour_scores(keys: jax.Array, grid: jax.Array) -> jax.Array:
 
   What stands at taps beyond the map is of some other pixel.
   """
-  offsets = range(-RADIUS, RADIUS + 2)  # of a pixel's row from the first row of the cell: 0 or 1, and 3 both ways
-
-  @jax.checkpoint
-  def row(keys, offset):
-    line = shift(keys[offset & 1], -(offset >> 1) * grid[1])
-    line = jnp.stack([jnp.roll(line[other & 1], -(other >> 1), axis=-1) for other in offsets])
-    return (keys[:, :, None] * line).sum(-2)
-
-  scores = jax.lax.map(functools.partial(row, keys), jnp.arange(-RADIUS, RADIUS + 2, dtype=jnp.int32))
-  scores = jnp.moveaxis(scores, 0, 2)  # [2, 2, 8, 8, P]
-  pixels = [[scores[a, b, a : a + TAPS, b : b + TAPS] for b in range(2)] for a in range(2)]
+  products = jnp.moveaxis(key_products(keys, grid[1]), 0, 2)
+  pixels = [[products[a, b, a : a + TAPS, b : b + TAPS] for b in range(2)] for a in range(2)]
   return jnp.stack([jnp.stack(row) for row in pixels])
+
+
+@jax.custom_vjp
+def key_products(keys: jax.Array, width: jax.Array) -> jax.Array:
+  """Products of the keys [2, 2, N, P] of all four pixels of a cell with those at all offsets: [8, 2, 2, 8, P]."""
+  row = lambda offset: (keys[:, :, None] * keys_at(keys, width, offset)).sum(-2)
+  return jax.lax.map(row, jnp.asarray(OFFSETS, jnp.int32))
+
+
+def keys_at(keys: jax.Array, width: jax.Array, offset: jax.Array) -> jax.Array:
+  """The keys of one row of offsets, [8, N, P]: those of the pixel's row, moved to the place they are seen from."""
+  row = jnp.roll(keys[offset & 1], -(offset >> 1) * width, axis=-1)
+  return jnp.stack([jnp.roll(row[other & 1], -(other >> 1), axis=-1) for other in OFFSETS])
+
+
+def _key_products_forward(keys: jax.Array, width: jax.Array):
+  return key_products(keys, width), (keys, width)
+
+
+def _key_products_backward(residuals, cotangent: jax.Array):
+  """Each key's part as a pixel and as a tap. By hand, so that moving back is a move too and not a scatter."""
+  keys, width = residuals
+
+  def row(gradient, operands):
+    offset, products = operands
+    line = keys_at(keys, width, offset)
+    gradient = gradient + sum(products[:, :, x, None] * line[x] for x in range(len(OFFSETS)))
+    of_line = sum(products[a, b, :, None] * keys[a, b] for a in range(2) for b in range(2))
+    moved = [jnp.roll(of_line[x], other >> 1, axis=-1) for x, other in enumerate(OFFSETS)]
+    columns = [sum(x for x, other in zip(moved, OFFSETS) if other & 1 == b) for b in range(2)]
+    back = jnp.roll(jnp.stack(columns), (offset >> 1) * width, axis=-1)
+    own_row = (jnp.arange(2) == offset & 1)[:, None, None, None]
+    return gradient + jnp.where(own_row, back, 0), None
+
+  operands = (jnp.asarray(OFFSETS, jnp.int32), cotangent)
+  return jax.lax.scan(row, jnp.zeros_like(keys), operands)[0], None
+
+
+key_products.defvjp(_key_products_forward, _key_products_backward)
 
 
 def tap_places(place: jax.Array, length: jax.Array) -> jax.Array:
@@ -151,16 +175,17 @@ def tap_places(place: jax.Array, length: jax.Array) -> jax.Array:
 def at_border(scores: jax.Array, grid: jax.Array) -> jax.Array:
   """Scores [2, 2, 7, 7, P] with those of taps beyond the border taken from the pixels that stand in for them."""
   row, column, _ = flat.coordinates(grid, scores.shape[-1])
-  first = jnp.arange(2, dtype=jnp.int32)[:, None, None]
-  tap_of = lambda place, length: tap_places(place, length) - 2 * place - first + RADIUS  # [2, 7, P]
-  down, right = tap_of(row, grid[0]), tap_of(column, grid[1])
-  pick = lambda taps, parts: sum(jnp.where(taps == tap, part, 0) for tap, part in enumerate(parts))
-  scores = pick(down[:, None, :, None], [scores[:, :, tap, None] for tap in range(TAPS)])
-  return pick(right[None, :, None], [scores[:, :, :, tap, None] for tap in range(TAPS)])
+
+  def matrix(place, length):
+    own = 2 * place + jnp.arange(2, dtype=jnp.int32)[:, None, None]
+    taken = tap_places(place, length) - own + RADIUS
+    return (taken[:, None] == jnp.arange(TAPS, dtype=jnp.int32)[:, None, None]).astype(jnp.float32)
+
+  return on_both_axes(scores, matrix(row, grid[0]), matrix(column, grid[1]))
 
 
 def cell_weights(kernel: jax.Array, grid: jax.Array) -> jax.Array:
-  """What a kernel of pixels weighs the cells of the small map, [2, 2, 7, 7, P] both.
+  """What a kernel of pixels weighs the cells of the small map, [2, 2, 7, 7, P] both; 0 beyond the map.
 
   The pixels under its taps are bicubic sums of cells, none of which is further than 3 cells from the kernel's own.
   """
@@ -168,12 +193,35 @@ def cell_weights(kernel: jax.Array, grid: jax.Array) -> jax.Array:
 
   def matrix(place, length):
     cells = place + jnp.arange(-RADIUS, RADIUS + 1, dtype=jnp.int32)[:, None]
-    return flat.bicubic_weight(cells, tap_places(place, length)[:, :, None], 2 * length, length)  # [2, 7, 7, P]
+    return flat.bicubic_weight(cells, tap_places(place, length)[:, :, None], 2 * length, length)
 
-  down, right = matrix(row, grid[0]), matrix(column, grid[1])
-  kernel = jnp.where(valid, kernel, 0)
-  kernel = sum(kernel[:, :, tap, None] * down[:, None, tap, :, None] for tap in range(TAPS))
-  return sum(kernel[:, :, :, tap, None] * right[None, :, tap, None] for tap in range(TAPS))
+  return on_both_axes(jnp.where(valid, kernel, 0), matrix(row, grid[0]), matrix(column, grid[1]))
+
+
+@jax.custom_vjp
+def on_both_axes(x: jax.Array, down: jax.Array, right: jax.Array) -> jax.Array:
+  """sum over i, j of down[a, i, r, p] right[b, j, s, p] x[a, b, i, j, p]: [2, 2, 7, 7, P], from matrices [2, 7, 7, P].
+
+  Terms are added one by one: these are thousands of matrices of 7 x 7, too small for a `dot`, and of one reduction over
+  the products XLA for CPU (jaxlib 0.10.2) makes wrong code at 2240 places. Every number is used 7 times, forward and
+  backward; what goes into a loop has been computed by then, and is not computed anew for each use.
+  """
+
+  def row(operands):
+    x, down = operands
+    x = sum(x[:, tap, None] * down[tap, :, None] for tap in range(TAPS))
+    return sum(x[:, :, tap, None] * right[:, tap][:, None] for tap in range(TAPS))
+
+  return jax.lax.map(row, (x, down))
+
+
+def _on_both_axes_backward(matrices, cotangent: jax.Array):
+  """The transpose, which is the same sum with transposed matrices; these have no gradient: they come from grids."""
+  down, right = matrices
+  return on_both_axes(cotangent, down.swapaxes(1, 2), right.swapaxes(1, 2)), None, None
+
+
+on_both_axes.defvjp(lambda x, down, right: (on_both_axes(x, down, right), (down, right)), _on_both_axes_backward)
 
 
 def guidance(patches: jax.Array, grid: jax.Array, level: int) -> jax.Array:
