@@ -159,9 +159,7 @@ def added_up(function: Callable, xs: Any) -> Any:
   """The sum of function(x) over the first axis of xs, one after another and compiled once."""
   if jax.tree.leaves(xs)[0].shape[0] == 1:
     return function(jax.tree.map(lambda x: x[0], xs))
-  zero = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
-  )
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs)))
   return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, function(x)), None), zero, xs)[0]
 
 

@@ -38,4 +38,3 @@ def is_shards(path: str) -> bool:
   if path.rstrip("/").endswith(SHARD):
     return True
   return not path.endswith((".json", ".jsonl")) and not places.is_remote(path) and os.path.isdir(path)
-

@@ -43,7 +43,7 @@ def image_names(path: str) -> Iterator[str]:
 
 
 def is_image_folder(path: str) -> bool:
-  """Whether a path names a local folder of images. One with shards, or with what `prepare` leaves beside them, is none."""
+  """Whether a path names a local folder of images. One with shards, or what `prepare` leaves beside them, is none."""
   if places.is_remote(path) or not os.path.isdir(path):
     return False
   with os.scandir(path) as entries:
