@@ -134,12 +134,15 @@ def train_vdim(config: Config, workdir: Path, mesh, log, stop: Stop) -> None:
   # ---- what came of it -----------------------------------------------------------------------------------------------
   if start < batches.steps and jax.process_count() == 1:
     any_aspect = parameters.flatten(nnx.eval_shape(lambda: make(nnx.Rngs(0), any_aspect=True)))[0]
-    errors = compare(any_aspect, {**frozen, **state.trainable}, stage, some_patches(records, vision))
+    both = {"untrained": fresh(make, targets, config.seed), "trained": state.trainable}
+    patches = some_patches(records, vision)
+    errors = compare(any_aspect, stage, patches, {name: {**frozen, **flat} for name, flat in both.items()})
     log.write({"stage": NAME, "step": done, **errors})
-    for name in (name.removeprefix("error_") for name in errors if name.startswith("error_")):
+    for name in (name.removeprefix("error/trained_") for name in errors if name.startswith("error/trained_")):
       say(
-        f"error at {name}, against the tower's features of pictures {name} as large: {errors[f'error_{name}']:.3f}; "
-        f"of bilinear upsampling {errors[f'bilinear_{name}']:.3f}"
+        f"error at {name}, against the tower's features of pictures {name} as large: "
+        f"{errors[f'error/trained_{name}']:.3f}, untrained {errors[f'error/untrained_{name}']:.3f}, "
+        f"of bilinear upsampling {errors[f'error/bilinear_{name}']:.3f}"
       )
 
 
@@ -257,9 +260,12 @@ def some_patches(records, vision: VisionConfig) -> np.ndarray:
   return np.stack(found)
 
 
-def compare(graphdef, flat: dict[str, jax.Array], stage: VdimStage, patches: np.ndarray) -> dict[str, float]:
-  """How far VDIM's maps are from the tower's features of enlarged pictures, and bilinear upsampling's: the mean square
-  of the difference over that of what the enlarged picture's features are off from their mean.
+def compare(
+  graphdef, stage: VdimStage, patches: np.ndarray, flats: Mapping[str, dict[str, jax.Array]]
+) -> dict[str, float]:
+  """How far maps are from the tower's features of enlarged pictures, by who made them and level: VDIM with each of the
+  `flats`, or bilinear upsampling. It is the mean square of the difference over that of the wanted features from their
+  mean over the picture. Towers are not made for enlarged pictures, so no upsampling comes near to 0.
 
   graphdef: with a tower for any aspect. patches: uint8 [N, P, 3 p p].
   """
@@ -282,9 +288,14 @@ def compare(graphdef, flat: dict[str, jax.Array], stage: VdimStage, patches: np.
       wanted = vdim_step.tower_features(model, vdim_step.to_patches(large, side), stage, grids).astype(jnp.float32)
       bilinear = jax.image.resize(features.reshape(1, n, n, -1), (1, size, size, wanted.shape[-1]), "bilinear")
       scale = jnp.square(wanted - wanted.mean(1, keepdims=True)).mean()
-      for name, given in (("error", maps[level]), ("bilinear", bilinear.reshape(wanted.shape))):
-        found[f"{name}_{2**level}x"] = jnp.square(given.astype(jnp.float32) - wanted).mean() / scale
-    return found
+      for name, given in (("", maps[level]), ("bilinear", bilinear.reshape(wanted.shape))):
+        found[name, level] = jnp.square(given.astype(jnp.float32) - wanted).mean() / scale
+    return {f"{name}_{2**level}x": value for (name, level), value in found.items()}
 
-  rows = [jax.device_get(errors(flat, each)) for each in patches]
-  return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+  result = {}
+  for name, flat in flats.items():
+    rows = [jax.device_get(errors(flat, each)) for each in patches]
+    for key in rows[0]:
+      who, level = key.split("_")
+      result[f"error/{who or name}_{level}"] = float(np.mean([row[key] for row in rows]))
+  return result
