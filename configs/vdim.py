@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> Config:
       ),
       # The demo's tower knows its own normalisation only.
       vdim=VdimStage(
-        data=DataConfig(path="{workdir}/data/pictures"),
+        data=DataConfig(path="{workdir}/data/pretrain.json", image_folder="{workdir}/data"),
         batch_size=4,
         steps=60,
         learning_rate=3e-3,

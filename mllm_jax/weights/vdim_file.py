@@ -28,7 +28,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]
 
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
-  whole = {name: np.ascontiguousarray(array, np.float32) for name, array in sorted(arrays.items())}
+  whole = {name: np.asarray(array, np.float32, order="C") for name, array in sorted(arrays.items())}
   save_file(whole, partial, metadata={"format": "mllm_jax vdim", **texts})
   os.replace(partial, path)
 
