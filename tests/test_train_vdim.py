@@ -17,23 +17,29 @@ import tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mllm_jax import build, parameters, preflight, sharding, train, train_vdim
+from mllm_jax import build, parameters, preflight, recipes, sharding, train, train_vdim
 from mllm_jax.config import ConfigError, DataConfig, LoraConfig, ProjectorConfig, VdimStage
 from mllm_jax.models.mllm import abstract
 from mllm_jax.weights import vdim_file
 from mllm_jax.weights.errors import WeightsError
+from mllm_jax.weights.io import open_weights
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECTOR = ProjectorConfig(kind="hiwin", levels=(0, 1), query_grid=2, head_width=8)
 
 
 def config(folder: Path):
-  result = tiny.config(folder, stages="vdim", checkpoint_every=4)
+  result = tiny.config(folder, stages="vdim", checkpoint_every=10)
   result.model.projector = dataclasses.replace(PROJECTOR)  # a test's options change it
+  for stage in (result.pretrain, result.finetune):
+    trained = tuple(row for row in stage.parameters if row[0] != recipes.PROJECTOR)
+    stage.parameters = (*trained, ("projector/pyramid/.*", 0.0), ("projector/resampler/.*", 1e-2))
+    stage.steps = 2
+  result.evaluation.path = ""
   result.vdim = VdimStage(
     data=DataConfig(path=str(folder / "data" / "pictures")),
     batch_size=2,
-    steps=40,
+    steps=100,
     jitters=1,
     projected=4,
     crf_samples=5,
@@ -89,10 +95,10 @@ def finished(folder) -> tuple[Path, str]:
 
 def test_a_whole_run(finished):
   workdir, out = finished
-  assert [step for step, _, _ in losses(workdir)] == list(range(1, 41))
+  assert [step for step, _, _ in losses(workdir)] == list(range(1, 101))
   assert {"rec_2x", "crf_2x", "tokens", "samples_per_s"} <= set(rows(workdir)[0])
   for words in (
-    "43 images, 40 steps of 2",
+    "4,003 images, 100 steps of 2",
     "heads/downsamplers",
     "projector/pyramid",
     "frozen",
@@ -116,7 +122,7 @@ def test_a_whole_run(finished):
 def test_a_run_that_was_killed_ends_with_the_same_parameters(folder, finished):
   workdir = folder / "killed"
   process = start(folder, workdir)
-  while process.poll() is None and len(rows(workdir)) < 7:
+  while process.poll() is None and not (workdir / "vdim" / "checkpoints" / "10").is_dir():
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   process.communicate()
@@ -127,6 +133,24 @@ def test_a_run_that_was_killed_ends_with_the_same_parameters(folder, finished):
   found, expected = (load_file(vdim_file.in_run(each)) for each in (workdir, finished[0]))
   for name, array in expected.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_all_three_stages_and_the_finished_model_have_the_same_vdim(folder, finished):
+  """The later stages keep it frozen, so it is in none of their checkpoints."""
+  workdir = folder / "three"
+  shutil.copytree(finished[0], workdir)
+  process = start(folder, workdir, "--config.stages=vdim,pretrain,finetune")
+  out, err = process.communicate()
+  assert process.returncode == 0, (out[-3000:], err[-3000:])
+  assert (
+    "starts from noise" not in out
+    and [row["stage"] for row in rows(workdir)][-4:] == ["pretrain"] * 2 + ["finetune"] * 2
+  )
+  expected = load_file(vdim_file.in_run(finished[0]))
+  stored, _ = build.open_run(str(workdir))
+  for tensors in (stored.tensors, open_weights(workdir / "model")):
+    for name, array in expected.items():
+      np.testing.assert_array_equal(tensors.read(name), array, err_msg=name)
 
 
 def settle(folder: Path, workdir: Path, **model):
