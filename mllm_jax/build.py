@@ -24,6 +24,7 @@ from mllm_jax.config import (
   ModelConfig,
   ModelRecipe,
   ProjectorConfig,
+  VisionConfig,
   from_dict,
 )
 from mllm_jax.data import slices
@@ -32,7 +33,7 @@ from mllm_jax.data.chat import VOCABULARY_FILES, ChatTokenizer, load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm, abstract
-from mllm_jax.weights import assemble, folder
+from mllm_jax.weights import assemble, folder, vdim_file
 from mllm_jax.weights.fingerprint import fingerprint
 from mllm_jax.weights.known import WeightsError, lookup
 from mllm_jax.weights.mapping import place
@@ -53,21 +54,23 @@ def architecture(recipe: ModelRecipe, lora: LoraConfig) -> ModelConfig:
   """The full configuration of a model: each tower's from its checkpoint, or, where that is not there yet but has the
   name of a published one, that one's. Raises WeightsError where neither is known."""
 
-  def read(path: str, name: str):
-    known = lookup(path)
-    if known is not None and not places.exists(path):
-      return known.config
-    found, part = part_of(path, name)
-    return assemble.vision_config(found, part, found) if name == "vision" else part.config
-
   return ModelConfig(
-    vision=read(recipe.vision, "vision"),
-    decoder=read(recipe.llm, "decoder"),
+    vision=part_config(recipe.vision, "vision"),
+    decoder=part_config(recipe.llm, "decoder"),
     projector=recipe.projector,
     lora=lora,
     dtype=recipe.dtype,
     remat=recipe.remat,
   )
+
+
+def part_config(path: str, name: str):
+  """The architecture of one tower, "vision" or "decoder", as `architecture` finds it."""
+  known = lookup(path)
+  if known is not None and not places.exists(path):
+    return known.config
+  found, part = part_of(path, name)
+  return assemble.vision_config(found, part, found) if name == "vision" else part.config
 
 
 def part_of(path: str, name: str) -> tuple[Found, Part]:
@@ -157,6 +160,13 @@ def load_parameters(
   return flat | initialise(config, {path: target for path, target in targets.items() if path not in flat}, seed)
 
 
+def load_vision(recipe: ModelRecipe, config: VisionConfig, mesh: Mesh) -> dict[str, jax.Array]:
+  """The parameters of the vision tower alone, frozen, by path."""
+  shapes = assemble.part_shapes("vision", {"vision": config})
+  targets = placed({path: (shape, jnp.dtype(recipe.frozen_dtype)) for path, shape in shapes.items()}, mesh)
+  return place(assemble.part_tensors("vision", part_of(recipe.vision, "vision")[1], {"vision": config}), targets)
+
+
 def placed(arrays: dict[str, tuple], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Targets by path, laid out by the sharding rules, from (shape, type) by path."""
   bare = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in arrays.items()}
@@ -180,10 +190,12 @@ def initialise(config: ModelConfig, targets: dict[str, jax.ShapeDtypeStruct], se
 
 def fingerprints(recipe: ModelRecipe) -> dict[str, str]:
   """Of the frozen halves: {"vision": ..., "llm": ...}."""
-  return {
-    "vision": fingerprint(part_of(recipe.vision, "vision")[1].weights),
-    "llm": fingerprint(part_of(recipe.llm, "decoder")[1].weights),
-  }
+  return {"vision": fingerprint_of(recipe.vision, "vision"), "llm": fingerprint_of(recipe.llm, "decoder")}
+
+
+def fingerprint_of(path: str, name: str) -> str:
+  """Of the part `name` of the checkpoint at a path."""
+  return fingerprint(part_of(path, name)[1].weights)
 
 
 def check_fingerprints(meta: dict[str, Any], recipe: ModelRecipe, where: str) -> None:
@@ -272,12 +284,19 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
     checkpoints.close()
     parts = {"vision": model.vision, "decoder": model.decoder, "projector": model.projector}
     tensors, sources = [InMemory(trained)], {}
+    frozen_vdim = {path: x.shape for path, x in shapes.items() if path.startswith(vdim_file.PATH) and not rates[path]}
+    if not vdim_file.in_run(workdir).is_file():
+      frozen_vdim = {}  # it came with the projector
+    if frozen_vdim:
+      vdim = InMemory(vdim_file.read(vdim_file.in_run(workdir), frozen_vdim))
+      tensors.append(Cast(vdim, jnp.dtype(config.model.frozen_dtype)))
     for part, path in (
       ("vision", config.model.vision),
       ("decoder", config.model.llm),
       ("projector", config.model.projector_weights),
     ):
-      paths = [key for key in shapes if key not in trained and assemble.belongs(key) == part]
+      held = trained.keys() | frozen_vdim.keys()
+      paths = [key for key in shapes if key not in held and assemble.belongs(key) == part]
       if paths:
         found, stored = part_of(path, part)
         frozen = assemble.part_tensors(part, stored, parts)

@@ -14,6 +14,8 @@ from typing import Any
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 BATCHINGS = ("fixed", "group", "pack")
 ANY_ASPECT = ("hiwin", "uhd_v1", "mlp144")  # the projectors that take images of any shape
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -180,11 +182,14 @@ class ModelRecipe:
 
   projector_weights: a released projector (mm_projector.bin, model.bin, non_lora_trainables.bin or .safetensors) to
   start from instead of a random one.
+  vdim_weights: of a projector's VDIM, where the stage "vdim" is not run in the same workdir: what that stage left in
+  another one (WORKDIR/vdim/vdim.safetensors), or a released checkpoint.
   """
 
   vision: str = "weights/clip-vit-large-patch14-336"
   llm: str = "weights/vicuna-7b-v1.5"
   projector_weights: str = ""
+  vdim_weights: str = ""
   projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
   dtype: str = "bfloat16"
   frozen_dtype: str = "bfloat16"
@@ -252,6 +257,41 @@ class StageConfig:
 
 
 @recipe
+class VdimStage:
+  """VDIM's own training, on images alone, before the language model comes in (LLaVA-UHD v2, section 3.2).
+
+  data: a folder of image files (in folders too), or any source of samples with images. Of its fields only path,
+    image_folder, mix, on_bad_sample and max_bad_share count.
+  jitters: random views of each image in a step; the term that compares sampled pixels belongs to the first.
+  projected: random directions that features are compared along; 0 compares them whole.
+  crf_samples: pixels of an image that are compared with one another; 0 leaves that term out.
+  normalisation: of the pixels: "imagenet", as the released run had it, or "clip": the tower's own.
+  norm_targets: features are layer-normed, without parameters, before anything is done with them.
+  supervision: "all" levels have a loss of their own and the stages are trained apart from each other, or the "last" one
+    alone teaches all stages.
+  optimizer: "nadam" with PyTorch's defaults, or "adam".
+  clip_norm, clip_steps: the gradient's norm is bounded in so many first steps.
+
+  The defaults are the released run's.
+  """
+
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  batch_size: int = 16
+  accumulation: int = 1  # micro-batches a step is computed in
+  steps: int = 2000
+  learning_rate: float = 1e-3
+  optimizer: str = "nadam"
+  clip_norm: float = 1e-4
+  clip_steps: int = 10
+  jitters: int = 2
+  projected: int = 30
+  crf_samples: int = 1000
+  normalisation: str = "imagenet"
+  norm_targets: bool = True
+  supervision: str = "all"
+
+
+@recipe
 class MeshConfig:
   """Devices along each axis; one of them may be -1: all that are left."""
 
@@ -279,8 +319,9 @@ class Config:
   demo: bool = False  # write the digits data set into {workdir}/data first
   demo_shapes: bool = False  # with wide, tall and large pictures
   seed: int = 0
-  stages: str = "pretrain,finetune"
+  stages: str = "pretrain,finetune"  # any of vdim,pretrain,finetune, in this order
   model: ModelRecipe = dataclasses.field(default_factory=ModelRecipe)
+  vdim: VdimStage = dataclasses.field(default_factory=VdimStage)
   pretrain: StageConfig = dataclasses.field(default_factory=StageConfig)
   finetune: StageConfig = dataclasses.field(default_factory=StageConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

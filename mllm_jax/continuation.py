@@ -1,6 +1,7 @@
 """What a stage goes on from: its own checkpoints, if they are of the same run, or the projector of the stage before."""
 
 import json
+import re
 from pathlib import Path
 
 from mllm_jax.config import Config, ConfigError, to_dict
@@ -9,7 +10,7 @@ from mllm_jax.config import Config, ConfigError, to_dict
 
 
 def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: dict, mesh) -> dict:
-  """The projector that pretrain left in the same workdir, by path; {} where a released one is named instead.
+  """What pretrain trained of the projector in the same workdir, by path; {} where a released one is named instead.
 
   Raises ConfigError where there is neither: a projector that starts from noise would train, and be worth nothing.
   """
@@ -39,11 +40,12 @@ def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: 
     "fingerprints": content["fingerprints"],
   }
   check_identity(without_lora(meta), without_lora(identity), folder)
+  is_trained = lambda path: any(rate and re.fullmatch(pattern, path) for pattern, rate in meta["recipe"]["parameters"])
   places = sharding.parameter_shardings(shapes, mesh)
   like = {
     path: jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=places[path])
     for path, shape in shapes.items()
-    if path.startswith("projector/")
+    if path.startswith("projector/") and is_trained(path)
   }
   return checkpoints.restore_trainable(step, like)
 

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from mllm_jax import places
-from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig, check_batching
+from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig, VdimStage, check_batching
 from mllm_jax.weights.known import lookup
 
+COCO = "curl -LO http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip -d"
 # Published data sets by the name of their annotation file: how to get the file, and how to get the pictures.
 DATA_COMMANDS = {
   "blip_laion_cc_sbu_558k.json": (
@@ -21,8 +22,16 @@ DATA_COMMANDS = {
     "put the pictures of COCO train2017, GQA, OCR-VQA, TextVQA and Visual Genome into {images}/coco/train2017,"
     " gqa/images,"
     " ocr_vqa/images, textvqa/train_images, vg/VG_100K and vg/VG_100K_2; for COCO: "
-    "curl -LO http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip -d {images}/coco",
+    f"{COCO} {{images}}/coco",
   ),
+  "train2017": (f"mkdir -p {{folder}} && {COCO} {{folder}}", ""),
+}
+
+STAGES = ("vdim", "pretrain", "finetune")
+VDIM_CHOICES = {
+  "optimizer": ("nadam", "adam"),
+  "normalisation": ("imagenet", "clip"),
+  "supervision": ("all", "last"),
 }
 
 
@@ -38,8 +47,8 @@ class Missing:
 def stage_names(config: Config) -> list[str]:
   """The stages to run, in order. Raises ConfigError for an unknown one, or an order that makes no sense."""
   names = [name.strip() for name in config.stages.split(",") if name.strip()]
-  if names not in (["pretrain"], ["finetune"], ["pretrain", "finetune"]):
-    raise ConfigError(f"stages={config.stages!r} must be pretrain, finetune or pretrain,finetune")
+  if not names or names != [name for name in STAGES if name in names]:
+    raise ConfigError(f"stages={config.stages!r} must be some of {','.join(STAGES)}, in this order")
   return names
 
 
@@ -56,6 +65,8 @@ def in_workdir(config: Config, workdir: str) -> Config:
 
   return dataclasses.replace(
     config,
+    model=dataclasses.replace(config.model, vdim_weights=fill(config.model.vdim_weights)),
+    vdim=fill_stage(config.vdim),
     pretrain=fill_stage(config.pretrain),
     finetune=fill_stage(config.finetune),
     evaluation=fill_paths(config.evaluation),
@@ -64,11 +75,12 @@ def in_workdir(config: Config, workdir: str) -> Config:
 
 def missing_files(config: Config) -> list[Missing]:
   """Every file and folder that the run names and that is not there."""
-  found = []
-  for field, folder, kind in (
+  found, names = [], stage_names(config)
+  towers = [
     ("model.vision", config.model.vision, "a folder with a CLIP or SigLIP vision tower, or with a model that has one"),
     ("model.llm", config.model.llm, "a folder with a Llama or Qwen2 language model, or with a model that has one"),
-  ):
+  ]
+  for field, folder, kind in towers[:1] if names == ["vdim"] else towers:
     known = lookup(folder)
     if not places.is_dir(folder):
       found.append(Missing(field, folder, known.command(folder) if known else f"set {field} to {kind}"))
@@ -76,8 +88,11 @@ def missing_files(config: Config) -> list[Missing]:
     found.append(
       Missing("model.projector_weights", config.model.projector_weights, "name a released projector's file, or none")
     )
+  if config.model.vdim_weights and "vdim" not in names and not places.exists(config.model.vdim_weights):
+    remedy = "name what the stage vdim left in another run (WORKDIR/vdim/vdim.safetensors), a released VDIM, or none"
+    found.append(Missing("model.vdim_weights", config.model.vdim_weights, remedy))
   if not config.demo:
-    for name in stage_names(config):
+    for name in names:
       found += _missing_data(f"{name}.data", getattr(config, name).data)
     if config.evaluation.path and not places.exists(config.evaluation.path):
       found.append(Missing("evaluation.path", config.evaluation.path, "name a LLaVA JSON file of questions, or none"))
@@ -128,7 +143,7 @@ def explain_missing(missing: list[Missing], config_file: str) -> str:
   return "\n".join(lines)
 
 
-def check_stage(name: str, stage: StageConfig, shards: int, processes: int) -> None:
+def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processes: int) -> None:
   """Raises ConfigError where a stage's numbers cannot work on a mesh whose batch axes have `shards` parts."""
   unit = stage.accumulation * shards
   if stage.batch_size < 1 or stage.accumulation < 1 or stage.batch_size % unit or shards % processes:
@@ -136,25 +151,33 @@ def check_stage(name: str, stage: StageConfig, shards: int, processes: int) -> N
       f"{name}.batch_size={stage.batch_size} does not divide into {name}.accumulation={stage.accumulation} "
       f"micro-batches over {shards} devices; use a multiple of {unit}"
     )
-  for field, low, high in (
-    ("warmup_ratio", 0, 1),
-    ("weight_decay", 0, None),
-    ("clip_norm", 0, None),
-    ("epochs", 0, None),
-    ("steps", 0, None),
-    ("beta1", 0, 1),
-    ("beta2", 0, 1),
-  ):
-    value = getattr(stage, field)
-    if value < low or (high is not None and value > high):
-      raise ConfigError(
-        f"{name}.{field}={value} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}"
-      )
   if stage.data.on_bad_sample not in ("error", "skip", "replace") or not 0 <= stage.data.max_bad_share <= 1:
     raise ConfigError(
       f"{name}.data.on_bad_sample={stage.data.on_bad_sample!r} must be error, skip or replace, and "
       f"max_bad_share={stage.data.max_bad_share} between 0 and 1"
     )
+  if isinstance(stage, VdimStage):
+    _check_ranges(name, stage, (("steps", 1, None), ("jitters", 1, None), ("projected", 0, None)))
+    _check_ranges(name, stage, (("crf_samples", 0, None), ("clip_norm", 0, None), ("clip_steps", 0, None)))
+    for field, known in VDIM_CHOICES.items():
+      if getattr(stage, field) not in known:
+        raise ConfigError(f"{name}.{field}={getattr(stage, field)!r} is unknown; known: {', '.join(known)}")
+    if stage.learning_rate <= 0:
+      raise ConfigError(f"{name}.learning_rate={stage.learning_rate} must be above 0")
+    return
+  _check_ranges(
+    name,
+    stage,
+    (
+      ("warmup_ratio", 0, 1),
+      ("weight_decay", 0, None),
+      ("clip_norm", 0, None),
+      ("epochs", 0, None),
+      ("steps", 0, None),
+      ("beta1", 0, 1),
+      ("beta2", 0, 1),
+    ),
+  )
   if stage.data.max_length < 2 or stage.data.max_images < 1:
     raise ConfigError(f"{name}.data.max_length={stage.data.max_length} must be 2 or more, and max_images 1 or more")
   crops = 1 if stage.data.max_slices == 1 else 1 + stage.data.max_slices
@@ -166,3 +189,13 @@ def check_stage(name: str, stage: StageConfig, shards: int, processes: int) -> N
   check_batching(stage.data, f"{name}.data")
   if not any(rate for _, rate in stage.parameters):
     raise ConfigError(f"{name}.parameters freezes everything: give some pattern a learning rate above 0")
+
+
+def _check_ranges(name: str, stage: StageConfig | VdimStage, ranges: tuple) -> None:
+  """Raises ConfigError where a field is not within its (field, least, largest or None)."""
+  for field, low, high in ranges:
+    value = getattr(stage, field)
+    if value < low or (high is not None and value > high):
+      raise ConfigError(
+        f"{name}.{field}={value} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}"
+      )

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_jax.config import Config
+from mllm_jax.config import Config, VdimStage
 from mllm_jax.data import images
 from mllm_jax.inference.evaluate import Prediction
 from mllm_jax.page import PAGE
@@ -97,6 +97,9 @@ def _header(title: str, config: Config) -> str:
     kernel = projector.dfi_kernel
     detail = f"with detail integration (kernel {kernel})" if kernel else "without detail integration"
     between = f"spatial projector, {projector.maps}, {detail}"
+  elif config.stages == "vdim":
+    tower = escape(os.path.basename(os.path.normpath(config.model.vision)))
+    return f"<header><h1>{escape(title)}</h1><p class='flow'><b>{tower}</b> &rarr; <b>VDIM</b></p></header>"
   else:
     between = f"{projector.kind} projector"
   towers = [os.path.basename(os.path.normpath(path)) for path in (config.model.vision, config.model.llm)]
@@ -129,6 +132,10 @@ def _training(log: Sequence[Mapping], curves: Mapping[str, list]) -> str:
     lost = sum(row.get("stage") == stage and "loss" in row and not math.isfinite(row["loss"]) for row in log)
     note = f"<p class='note'>{lost} logged steps had no finite loss and are left out.</p>" if lost else ""
     chart = _chart(curve, height=240, label=f"Loss of the stage {stage}", smooth=True)
+    for name in sorted({key for row in log if row.get("stage") == stage for key in row if key.startswith("rec_")}):
+      part = _curve(log, stage, name)
+      chart += f"<h4>Reconstruction at {escape(name[4:])}</h4>"
+      chart += _chart(part, height=110, label=f"Reconstruction at {name[4:]} of the stage {stage}", smooth=True)
     if rate:
       label = f"Learning rate of the stage {stage}"
       chart += "<h4>Learning rate</h4>" + _chart(rate, height=90, label=label, smooth=False)
@@ -325,6 +332,11 @@ def _configuration(config: Config) -> str:
 
 
 def _stage_cells(stage) -> str:
+  if isinstance(stage, VdimStage):
+    data = f"<code>{escape(stage.data.path)}</code><br>{stage.steps:,} steps, {stage.jitters} views of each image"
+    trained = f"VDIM and its heads at {stage.learning_rate:g}, {escape(stage.optimizer)}"
+    cells = (data, f"{stage.batch_size:,}", "&ndash;", "none", trained)
+    return "".join(f"<td>{cell}</td>" for cell in cells)
   amount = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
   lora = f"rank {stage.lora.rank}, alpha {stage.lora.alpha:g}" if stage.lora.rank else "none"
   trained = "<br>".join(f"<code>{escape(pattern)}</code> at {rate:g}" for pattern, rate in stage.parameters if rate)

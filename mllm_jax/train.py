@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,37 +20,7 @@ from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
 from mllm_jax.continuation import check_identity, pretrained_projector, recipe_identity
 from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
-
-
-class Stop:
-  """Remembers the first SIGTERM or SIGINT, so that the step under way is still done and saved."""
-
-  def __init__(self):
-    self.signal = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._remember)
-
-  def _remember(self, number, frame):
-    self.signal = number
-    say(f"\n{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
-    for each in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(each, signal.SIG_DFL)
-
-
-class Stopped(Exception):
-  """The run ends before it is done; `status` is the exit status."""
-
-  def __init__(self, status: int, message: str):
-    super().__init__(message)
-    self.status = status
-
-
-def say(*text) -> None:
-  """A line for people, from one process only."""
-  import jax
-
-  if jax.process_index() == 0:
-    print(*text, flush=True)
+from mllm_jax.run_control import Stop, Stopped, say, write_json
 
 
 def run(config: Config, workdir: Path, recipe: str) -> None:
@@ -92,7 +61,12 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   log = MetricsLog(workdir, wandb_project=config.wandb_project, name=config.name, config=to_dict(config))
   try:
     for name in names:
-      train_stage(config, name, workdir, mesh, log, stop)
+      if name == "vdim":
+        from mllm_jax.train_vdim import train_vdim
+
+        train_vdim(config, workdir, mesh, log, stop)
+      else:
+        train_stage(config, name, workdir, mesh, log, stop)
       write_report(config, name, workdir)
       if stop.signal:
         raise Stopped(128 + stop.signal, "stopped; the same command continues")
@@ -100,21 +74,23 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
     log.close()
 
   # ---- the finished model, which needs no other file -----------------------------------------------------------------
-  if config.save_model:
+  if config.save_model and names != ["vdim"]:
     save_model(workdir)
   say(summary(report.read_log(str(workdir / "metrics.jsonl")), workdir, time.time() - started))
 
 
 def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop) -> None:
   """One stage from its last checkpoint, or its beginning, to its evaluation."""
-  from mllm_jax import build, parameters
+  from mllm_jax import build, parameters, train_vdim
   from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
   from mllm_jax.training import optimizer as optimizer_lib
   from mllm_jax.training import step as step_lib
   from mllm_jax.training.checkpoint import Checkpoints
   from mllm_jax.training.loop import NotFinite, Reporter, run_steps
+  from mllm_jax.weights.fingerprint import fingerprint
   from mllm_jax.weights.folder import TOKENIZER, versions
+  from mllm_jax.weights.io import open_weights
 
   stage: StageConfig = getattr(config, name)
   folder = workdir / name
@@ -129,6 +105,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
+  vdim = train_vdim.settle_vdim(config, workdir, model_config, shapes, mesh)
   identity = {
     "stage": name,
     "seed": config.seed,
@@ -138,11 +115,15 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
     "recipe": recipe_identity(stage),
     "fingerprints": build.fingerprints(config.model),
   }
+  if vdim is not None:
+    identity["fingerprints"]["vdim"] = fingerprint(open_weights(vdim))
   checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
   start = checkpoints.latest()
   if start is not None:
     check_identity(checkpoints.meta(start), identity, folder)
   given = pretrained_projector(config, workdir, identity, shapes, mesh) if name == "finetune" and start is None else {}
+  if vdim is not None:
+    given = train_vdim.placed_vdim(vdim, config.model, shapes, rates, mesh) | given
 
   # ---- parameters, optimizer, step -----------------------------------------------------------------------------------
   flat = build.load_parameters(model_config, config.model, rates, config.seed, mesh, given)
@@ -348,7 +329,8 @@ def summary(rows: list[dict], workdir: Path, seconds: float) -> str:
               + (f"  (blanked {blank:.1%})" if blank is not None else "")
             )
   lines.append(f"  report       {workdir / 'report.html'}")
-  lines.append(f'  ask it       python -m mllm_jax.generate --model={workdir} --image=FILE --prompt="..."')
+  if any(row["stage"] != "vdim" for row in rows):
+    lines.append(f'  ask it       python -m mllm_jax.generate --model={workdir} --image=FILE --prompt="..."')
   return "\n".join(lines)
 
 
@@ -369,13 +351,6 @@ def read_predictions(path: Path) -> list:
   rows = json.loads(path.read_text(encoding="utf-8"))
   tuples = lambda row: {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
   return [Prediction(**{**row, "question": Question(**tuples(row["question"]))}) for row in rows]
-
-
-def write_json(path: Path, content) -> None:
-  """Writes beside, then renames: a reader never finds half a file."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-  os.replace(partial, path)
 
 
 def main(argv: list[str]) -> int:

@@ -8,16 +8,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from mllm_jax import build, parameters, preflight, sharding
 from mllm_jax.batch import Batch
 from mllm_jax.config import Config, ConfigError, from_dict, to_dict
+from mllm_jax.data.image_batches import ImageBatch
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import abstract
 from mllm_jax.training import optimizer as optimizer_lib
 from mllm_jax.training import step as step_lib
+from mllm_jax.training import vdim_step
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+ALL_RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+RECIPES = [path for path in ALL_RECIPES if path.stem != "vdim"]  # it has no language model
 PROJECTOR = {"llava15": 20_979_712, "sp_cropping": 923_550_208, "sp_pooling": 923_546_112}
 VISION_L_OF_23_LAYERS = 290_909_184  # CLIP-L/14-336 without its last layer and post-norm
 VICUNA = {"7b": 6_738_415_616, "13b": 13_015_864_320}
@@ -54,6 +58,9 @@ def test_both_stages_trace_at_full_size(path, variant):
   config = load(path, variant)
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   for name in preflight.stage_names(config):
+    if name == "vdim":
+      trace_vdim(config, mesh)
+      continue
     stage = getattr(config, name)
     preflight.check_stage(name, stage, sharding.batch_shards(mesh), 1)
     model = build.architecture(config.model, stage.lora)
@@ -90,6 +97,76 @@ def test_both_stages_trace_at_full_size(path, variant):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
     assert stage.data.max_length > projectors.tokens_per_crop(model)
+
+
+def trace_vdim(config: Config, mesh) -> dict:
+  """Traces the step of the stage vdim and returns its parameters by path, as shapes."""
+  stage = config.vdim
+  preflight.check_stage("vdim", stage, sharding.batch_shards(mesh), 1)
+  vision = build.part_config(config.model.vision, "vision")
+  make = lambda: vdim_step.make_model(vision, config.model.projector, stage, config.model.dtype, nnx.Rngs(0))
+  graphdef, flat = parameters.flatten(nnx.eval_shape(make))
+  trainable = {path: x for path, x in flat.items() if vdim_step.is_trained(path)}
+  dtype = jnp.dtype(config.model.frozen_dtype)
+  frozen = {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in flat.items() if path not in trainable}
+  optimizer = vdim_step.make_optimizer(stage)
+  state = jax.eval_shape(lambda t: step_lib.initial_state(optimizer, t, mesh), trainable)
+  shardings = step_lib.state_shardings(optimizer, trainable, mesh)
+  step = vdim_step.make_step(graphdef, stage, 0, mesh, optimizer, shardings)
+  shape = (stage.accumulation, stage.batch_size // stage.accumulation)
+  batch = ImageBatch(
+    jax.ShapeDtypeStruct((*shape, vision.grid**2, vision.patch_values), jnp.uint8),
+    jax.ShapeDtypeStruct(shape, jnp.float32),
+  )
+  with jax.set_mesh(mesh):
+    after, metrics = jax.eval_shape(step, state, frozen, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+  return flat
+
+
+def test_vdim_alone_traces_at_full_size():
+  path = next(path for path in ALL_RECIPES if path.stem == "vdim")
+  config = load(path)
+  flat = trace_vdim(config, sharding.make_mesh(config.mesh, jax.devices()))
+  # The paper's: two stages and the last correction; beside them the heads, which are left behind.
+  assert count(flat, "projector/pyramid/") == 2 * 6233 + 1024 * 1024 + 1024
+  assert count(flat, "heads/") == 2 * (1025 + 2 * 196 + 1025)
+  assert count(flat, "vision/") == VISION_L_OF_23_LAYERS
+  stage = config.vdim
+  assert (stage.batch_size, stage.steps, stage.jitters, stage.optimizer, stage.learning_rate) == (
+    16,
+    2000,
+    2,
+    "nadam",
+    1e-3,
+  )
+  assert (config.checkpoint_every, stage.clip_norm, stage.clip_steps, stage.normalisation) == (
+    500,
+    1e-4,
+    10,
+    "imagenet",
+  )
+  demo = load(path, "demo")
+  mesh = sharding.make_mesh(demo.mesh, jax.devices()[:1])
+  assert count(trace_vdim(demo, mesh), "projector/pyramid/") == 2 * 6233 + 128 * 128 + 128
+
+
+def test_vdim_without_files_says_how_to_get_them(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = next(path for path in ALL_RECIPES if path.stem == "vdim")
+  missing = preflight.missing_files(preflight.in_workdir(load(path), "runs/x"))
+  assert [item.field for item in missing] == ["model.vision", "vdim.data.path"]
+  text = preflight.explain_missing(missing, "configs/vdim.py")
+  for words in (
+    f"looked in  {tmp_path}/playground/data/coco/train2017",
+    "curl -LO http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip -d playground/data/coco",
+    "--config=configs/vdim.py:demo",
+  ):
+    assert words in text
+  assert preflight.missing_files(preflight.in_workdir(load(path, "demo"), "runs/x")) == []
+  with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
+    load(path, "demos")
 
 
 def test_vicuna_13b_has_the_released_size():

@@ -159,6 +159,27 @@ def _gradient(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
   return gradient
 
 
+def updated(
+  state: TrainState,
+  optimizer: optax.GradientTransformation,
+  grads: dict[str, jax.Array],
+  rates: dict[str, jax.Array],
+  finite: jax.Array,
+) -> TrainState:
+  """The state after a step at these learning rates by path; where it is not `finite`, only the counters change."""
+  updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+  trainable = {path: value - rates[path] * updates[path] for path, value in state.trainable.items()}
+  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+  bad = 1 - finite.astype(jnp.int32)
+  return TrainState(
+    state.step + 1,
+    keep(trainable, state.trainable),
+    keep(moments, state.optimizer),
+    state.skipped + bad,
+    (state.skipped_in_row + 1) * bad,
+  )
+
+
 def _apply(
   stage: StageConfig, learning_rates: dict[str, float], steps: int, optimizer: optax.GradientTransformation
 ) -> Callable:
@@ -172,20 +193,9 @@ def _apply(
     norm = parameters.norm(grads)
     if stage.clip_norm > 0:
       grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, stage.clip_norm / (norm + 1e-6)), grads)
-    updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
     scale = factor(state.step)
-    trainable = {path: value - learning_rates[path] * scale * updates[path] for path, value in state.trainable.items()}
-
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    bad = 1 - finite.astype(jnp.int32)
-    state = TrainState(
-      state.step + 1,
-      keep(trainable, state.trainable),
-      keep(moments, state.optimizer),
-      state.skipped + bad,
-      (state.skipped_in_row + 1) * bad,
-    )
+    rates = {path: learning_rates[path] * scale for path in state.trainable}
+    state = updated(state, optimizer, grads, rates, jnp.isfinite(loss) & jnp.isfinite(norm))
     metrics = {
       "loss": loss,
       "grad_norm": norm,

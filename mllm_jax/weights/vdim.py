@@ -10,7 +10,7 @@ from mllm_jax import parameters, places
 from mllm_jax.config import ProjectorConfig
 from mllm_jax.models.projectors import pyramid
 from mllm_jax.places import Place
-from mllm_jax.weights import folder, hiwin, parts
+from mllm_jax.weights import folder, hiwin, parts, vdim_file
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, read_json
 from mllm_jax.weights.mapping import Ours
@@ -38,7 +38,7 @@ def open_vdim(path: Place, config: ProjectorConfig, width: int = 0) -> Tensors:
 
   Args:
     path: the .ckpt of the released training or its weights saved alone, a released model's folder or mm_projector.bin,
-      a folder of ours, or that of a finished training run.
+      a folder of ours, or that of a training run.
     config: what it is for; pyramid and levels are looked at.
     width: of the tower's features; 0: whatever the checkpoint's is.
 
@@ -81,6 +81,9 @@ def find(path: Place) -> Weights:
   names = places.names(path) if places.is_dir(path) else []
   if folder.MANIFEST in names:
     return open_weights(path)
+  left = places.join(path, *vdim_file.FILE.parts)
+  if names and places.is_file(left):
+    return open_weights(left)
   if "config.json" in names and {"pretrain", "finetune"} <= set(read_json(places.join(path, "config.json"), "")):
     model = places.join(path, RUN_MODEL)
     if not places.is_file(places.join(model, folder.MANIFEST)):

@@ -2,6 +2,7 @@
 
 FILE.json, FILE.jsonl           LLaVA's formats (`json_file`), local or PROTOCOL://
 FOLDER, GLOB, FILE.arrayrecord  shards with the images inside, as `python -m mllm_jax.data prepare` writes them
+FOLDER of image files           the images alone, without turns, for the stage "vdim" (`folder`)
 tfds:NAME:SPLIT[:MAPPING]       a TensorFlow dataset in ArrayRecord format (`tfds`); data_dir is the image folder
 """
 
@@ -19,6 +20,10 @@ def open_source(path: str, image_folder: str) -> Records:
     from mllm_jax.data.sources.tfds import TfdsRecords
 
     return TfdsRecords.open(path, image_folder)
+  from mllm_jax.data.sources.folder import FolderRecords, is_image_folder
+
+  if is_image_folder(path):
+    return FolderRecords.open(path)
   if is_shards(path):
     from mllm_jax.data.sources.array_record import ArrayRecords
 
