@@ -28,15 +28,7 @@ def get_config(variant: str = "") -> Config:
         dtype="float32",
         frozen_dtype="float32",
       ),
-      # The demo's tower knows its own normalisation only.
-      vdim=VdimStage(
-        data=DataConfig(path="{workdir}/data/pretrain.json", image_folder="{workdir}/data"),
-        batch_size=4,
-        steps=60,
-        learning_rate=3e-3,
-        crf_samples=100,
-        normalisation="clip",
-      ),
+      vdim=recipes.vdim_demo(),
       log_every=1,
       checkpoint_every=20,
       loader_threads=2,

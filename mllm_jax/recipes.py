@@ -13,6 +13,7 @@ from mllm_jax.config import (
   ModelRecipe,
   ProjectorConfig,
   StageConfig,
+  VdimStage,
 )
 
 VISION = r"vision/.*"
@@ -140,7 +141,9 @@ def uhd(
   slices = DataConfig(image_aspect="slices", max_slices=6, max_images=7, max_length=max_length)
   return Config(
     name=name,
+    stages="vdim,pretrain,finetune" if projector.pyramid == "vdim" else "pretrain,finetune",
     model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm=llm, projector=projector),
+    vdim=VdimStage(data=DataConfig(path="playground/data/coco/train2017")),
     pretrain=StageConfig(
       data=dataclasses.replace(
         slices,
@@ -167,6 +170,19 @@ def uhd(
   )
 
 
+def vdim_demo() -> VdimStage:
+  """VDIM's own stage on pictures of digits."""
+  # The demo's tower knows its own normalisation only.
+  return VdimStage(
+    data=DataConfig(path="{workdir}/data/pictures"),
+    batch_size=4,
+    steps=60,
+    learning_rate=3e-3,
+    crf_samples=100,
+    normalisation="clip",
+  )
+
+
 def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
   """The stages of LLaVA-UHD on digits in pictures of many shapes: minutes on a laptop."""
   base = demo(name, dataclasses.replace(projector, query_grid=4, head_width=32))
@@ -174,6 +190,8 @@ def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
   return dataclasses.replace(
     base,
     demo_shapes=True,
+    stages="vdim,pretrain,finetune" if projector.pyramid == "vdim" else "pretrain,finetune",
+    vdim=vdim_demo(),
     pretrain=dataclasses.replace(
       base.pretrain,
       data=dataclasses.replace(base.pretrain.data, **slices | dict(max_slices=1), max_length=96),

@@ -81,7 +81,7 @@ def find(path: Place) -> Weights:
   names = places.names(path) if places.is_dir(path) else []
   if folder.MANIFEST in names:
     return open_weights(path)
-  left = places.join(path, *vdim_file.FILE.parts)
+  left = places.join(path, str(vdim_file.FILE))
   if names and places.is_file(left):
     return open_weights(left)
   if "config.json" in names and {"pretrain", "finetune"} <= set(read_json(places.join(path, "config.json"), "")):

@@ -63,8 +63,8 @@ class UhdV1Resampler(nnx.Module):
 
 
 class Mlp144(nnx.Module):
-  """Every level resized to g x g bilinearly, the channels side by side, then exact GELU and Linear, twice: as released, a
-  GELU comes first (LLaVA-UHD v2, figure 5a). Raises ConfigError for levels that do not grow.
+  """Every level resized to g x g bilinearly, the channels side by side, then exact GELU and Linear, twice: as released,
+  a GELU comes first (LLaVA-UHD v2, figure 5a). Raises ConfigError for levels that do not grow.
   """
 
   def __init__(self, levels: tuple[int, ...], vision_width: int, width: int, *, query_grid: int = 12, rngs: nnx.Rngs):
