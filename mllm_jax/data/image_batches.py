@@ -147,11 +147,13 @@ class ImageBatches:
     numbers = grain.MapDataset.range(start_step * count, self.steps * count)
     options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * count if self._threads else 0)
     rows = iter(numbers.map(self._row).to_iter_dataset(options))
+    if self._bad_samples:
+      self._bad_samples.resume(start_step, start_step * count, self._process_count)
     try:
-      for _ in range(start_step, self.steps):
+      for step in range(start_step, self.steps):
         made = [next(rows) for _ in range(count)]
-        for each in made if self._bad_samples else ():
-          self._bad_samples.note(each._replace(value=None))
+        for place, each in enumerate(made if self._bad_samples else ()):
+          self._bad_samples.note(each, step, place)
         yield [each.name for each in made], self._batch([each.value for each in made])
     finally:
       rows.close()
