@@ -33,7 +33,6 @@ def get_config(variant: str = "") -> Config:
         data=DataConfig(path="{workdir}/data/pretrain.json", image_folder="{workdir}/data"),
         batch_size=4,
         steps=60,
-        learning_rate=3e-3,
         crf_samples=100,
         normalisation="clip",
       ),
