@@ -174,10 +174,9 @@ def vdim_demo() -> VdimStage:
   """VDIM's own stage on pictures of digits."""
   # The demo's tower knows its own normalisation only.
   return VdimStage(
-    data=DataConfig(path="{workdir}/data/pictures"),
+    data=DataConfig(path="{workdir}/data/pretrain.json", image_folder="{workdir}/data"),
     batch_size=4,
     steps=60,
-    learning_rate=3e-3,
     crf_samples=100,
     normalisation="clip",
   )
