@@ -129,12 +129,16 @@ class DetailFeatureIntegrator(nnx.Module):
     windows = jnp.stack([patch_map[:, i : i + size, j : j + size] for i in starts for j in starts], axis=1)
     return jnp.einsum("bmhwc,hwce->bme", windows, self.kernel[...].astype(windows.dtype))
 
+  def attention(self, tokens: jax.Array, details: jax.Array) -> jax.Array:
+    """How much each token [B, n, E] takes of each place of the detail map [B, M, E]: float32 [B, n, M], sums of 1."""
+    queries, keys = self.query(self.query_norm(tokens)), self.key(self.key_norm(details))
+    scores = jnp.einsum("bne,bme->bnm", queries, keys, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores / math.sqrt(tokens.shape[-1]), axis=-1)
+
   def __call__(self, tokens: jax.Array, patch_map: jax.Array) -> jax.Array:
     details = rows_only(self.details(patch_map))
-    queries, keys = self.query(self.query_norm(tokens)), self.key(self.key_norm(details))
     values = self.value(self.value_norm(details))
-    scores = jnp.einsum("bne,bme->bnm", queries, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores / math.sqrt(tokens.shape[-1]), axis=-1).astype(values.dtype)
+    weights = self.attention(tokens, details).astype(values.dtype)
     found = rows_only(jnp.einsum("bnm,bme->bne", weights, values))
     return rows_only(jnp.concatenate([rows_only(tokens), found], axis=-1))
 

@@ -1,0 +1,153 @@
+"""Look into a model: python -m mllm_jax.visualize --model=DIR --image=FILE --out=FOLDER
+
+Writes index.html, which holds everything and can be passed on alone, and its pictures as PNG files beside it: the crops
+of the image, the places of their visual tokens, and what the projector makes of one crop. Exit status: 0 done, 2 for
+anything that the caller can put right, 130 when interrupted.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from mllm_jax.config import ConfigError, ModelConfig
+from mllm_jax.data import images
+from mllm_jax.data.records import DataError
+from mllm_jax.places import PlaceError
+from mllm_jax.visualization import folder
+
+# jax is imported where it is used, so that a mistyped argument is answered at once.
+
+CONTENT = """what is shown:
+  every model               the crops, which place of the sequence shows which, the tower's features of one crop
+  LLaVA-UHD (v1, v2)        the levels of the pyramid beside bilinear ones, the windows and how one of them is pooled
+  LLaVA-SP                  what each spatial token sees, and its attention to details
+
+examples:
+  python -m mllm_jax.visualize --model=runs/uhd_v2 --image=street.jpg --out=looked
+  python -m mllm_jax.visualize --model=models/sp --image=street.jpg --out=looked
+  python -m mllm_jax.visualize --model=runs/uhd_v2 --image=street.jpg --crop=3 --out=looked
+"""
+
+
+class Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line; --help has the rest."""
+
+  def error(self, message: str):
+    self.exit(2, f"error: {message} (see --help)\n")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line. Exits with status 2 where it cannot work."""
+  parser = Parser(
+    prog="python -m mllm_jax.visualize",
+    description="Look into a model: pictures of what it makes of an image, on one page.",
+    epilog=CONTENT,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--model",
+    "--workdir",
+    required=True,
+    metavar="DIR",
+    help="a training run's folder, a model made by mllm_jax.convert, or a checkpoint that it can import",
+  )
+  parser.add_argument("--image", required=True, metavar="FILE", help="the picture that the model looks at")
+  parser.add_argument(
+    "--out", required=True, metavar="FOLDER", help="new, or written by an earlier call, which is then replaced"
+  )
+  parser.add_argument(
+    "--crop",
+    type=int,
+    default=0,
+    metavar="N",
+    help="which crop is shown in detail (default: 0, the first slice; the page has their numbers)",
+  )
+  args = parser.parse_args(argv)
+  if args.crop < 0:
+    parser.error(f"--crop is {args.crop}; crops are counted from 0")
+  if "://" not in args.model and not os.path.isdir(args.model):
+    parser.error(f"--model {args.model}: no such folder; name a training run's --workdir, or a model's folder")
+  if not os.path.isfile(args.image):
+    parser.error(f"--image {args.image}: no such file")
+  return args
+
+
+def visualize(args: argparse.Namespace) -> None:
+  """Writes the folder. What the caller can put right is a ConfigError, DataError, PlaceError or OSError."""
+  out = folder.check(args.out)
+  try:
+    picture = images.load(args.image)
+  except DataError as error:
+    raise DataError(f"--image {args.image}: cannot be read as a picture; save it again as PNG or JPEG") from error
+
+  from mllm_jax.build import load
+  from mllm_jax.visualization import crops, page, spatial, uhd
+
+  start = time.perf_counter()
+  model, processor = load(args.model)
+  note(f"{args.model}: read in {time.perf_counter() - start:.1f} s")
+  aspect, kind = processor.aspect, model.config.projector.kind
+  pieces, places = aspect.crops(picture), aspect.places(*picture.size)
+  crop = crops.encode(model, pieces, args.crop)
+  patches = model.config.vision.grid**2
+  before = aspect.tokens_per_crop - patches if kind == "spatial" else 0
+  sections = [crops.slicing(pieces, aspect, picture.size), crops.layout(places, aspect, len(pieces), before)]
+  if model.config.projector.any_aspect:
+    sections += uhd.sections(model, crop)
+  else:
+    sections += spatial.sections(model, crop) if kind == "spatial" else [crops.features(crop)]
+  facts = {
+    "model": args.model,
+    "image": args.image,
+    "projector": describe(model.config),
+    "vision tower": f"{model.config.vision.image_size} pixels, patches of {model.config.vision.patch_size}",
+    "shown in detail": f"crop {args.crop} of {len(pieces)}",
+  }
+  folder.write(out, page.files(f"A model's view of {os.path.basename(args.image)}", facts, sections), facts)
+  print(f"{args.out}/index.html")
+
+
+def describe(config: ModelConfig) -> str:
+  """The projector in a few words."""
+  projector = config.projector
+  if projector.kind == "mlp2x_gelu":
+    return "LLaVA-1.5, an MLP"
+  if projector.kind == "spatial":
+    return f"LLaVA-SP, {projector.maps}" + (", with detail features" if projector.dfi_kernel else "")
+  names = {"hiwin": "LLaVA-UHD v2", "uhd_v1": "LLaVA-UHD v1's resampler", "mlp144": "an MLP on resized levels"}
+  name = names[projector.kind]
+  return name if projector.kind == "uhd_v1" else f"{name}, pyramid: {projector.pyramid}"
+
+
+def note(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  args = arguments(argv)
+  try:
+    visualize(args)
+  except (DataError, ConfigError, PlaceError) as error:
+    note(f"error: {error}")
+    return 2
+  except OSError as error:
+    note(f"error: {error.filename or args.out}: {error.strerror or error}; nothing was left behind")
+    return 2
+  except RuntimeError as error:
+    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
+
+    if not isinstance(error, CheckpointError):
+      raise
+    note(f"error: {error}")
+    return 2
+  except KeyboardInterrupt:
+    note("\ninterrupted; nothing was left behind")
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
