@@ -14,8 +14,8 @@ from mllm_jax.models.mllm import Mllm
 from mllm_jax.visualization import pictures
 from mllm_jax.visualization.page import Figure, Section
 
-WIDE, NARROW = 720, 360  # pixels along the longer side of a large figure and of a small one
-CELL = 9  # pixels of a place in the map of the sequence
+WIDE, NARROW = 700, 360  # pixels along the longer side of a large figure and of a small one
+CELLS = range(7, 17)  # pixels of a place in the map of the sequence
 SEPARATOR = (136, 136, 136, 255)
 
 
@@ -82,11 +82,11 @@ def slicing(crops: list[np.ndarray], aspect: Aspect, size: tuple[int, int]) -> S
   picture, columns, rows = mosaic(crops, aspect, size)
   whole, hues = aspect.whole % len(crops), pictures.hues(len(crops))
   overview = pictures.fitted(crops[whole], NARROW)
-  overview = pictures.badge(overview, 8, 8, str(whole), hues[whole])
+  overview = pictures.box(overview, 0, 0, overview.shape[1], overview.shape[0], hues[whole])
   height, width = crops[whole].shape[:2]
   side = aspect.vision.patch_size
   sizes = lambda w, h: f"{w} x {h} pixels, {w // side} x {h // side} patches."
-  row = [Figure("overview", overview, "The whole image", sizes(width, height))]
+  row = [Figure("overview", overview, f"The whole image, crop {whole}", sizes(width, height))]
   if columns * rows > 1:
     shown = pictures.fitted(picture, WIDE)
     height, width = shown.shape[:2]
@@ -94,7 +94,7 @@ def slicing(crops: list[np.ndarray], aspect: Aspect, size: tuple[int, int]) -> S
     shown = pictures.lines(shown, xs[1:-1], ys[1:-1])
     numbers = [k for k in range(len(crops)) if k != whole]
     for place, k in enumerate(numbers):
-      shown = pictures.badge(shown, xs[place % columns] + 8, ys[place // columns] + 8, str(k), hues[k])
+      shown = pictures.badge(shown, xs[place % columns] + 4, ys[place // columns] + 4, str(k), hues[k])
     height, width = picture.shape[:2]
     cut = f"{columns} x {rows} of {sizes(width // columns, height // rows)}"
     row.insert(0, Figure("slices", shown, "Slices", cut))
@@ -125,16 +125,19 @@ def layout(places: Places, aspect: Aspect, crops: int, before: int) -> Section:
   """Which place of the sequence comes from which crop."""
   tokens, whole = aspect.tokens_per_crop, aspect.whole % crops
   lines, hues = reading_order(places, tokens, before, whole), pictures.hues(crops)
-  canvas = np.zeros((len(lines) * CELL, max(map(len, lines)) * CELL, 4), np.uint8)
+  longest = max(map(len, lines))
+  size = min(max(NARROW // longest, CELLS.start), CELLS.stop - 1)
+  canvas = np.zeros((len(lines) * size, longest * size, 4), np.uint8)
+  core = (slice(size // 4, -(size // 4)),) * 2
   for row, line in enumerate(lines):
     for column, place in enumerate(line):
-      cell = canvas[row * CELL : (row + 1) * CELL - 1, column * CELL : (column + 1) * CELL - 1]
+      cell = canvas[row * size : (row + 1) * size - 1, column * size : (column + 1) * size - 1]
       if places.rows[place] < 0:
-        cell[2:-2, 2:-2] = SEPARATOR
+        cell[core] = SEPARATOR
         continue
       cell[:] = (*hues[places.rows[place] // tokens], 255)
       if places.rows[place] % tokens < before:
-        cell[2:-2, 2:-2] = 255
+        cell[core] = 255
   separators = int((places.rows < 0).sum())
   kinds = "learned newlines" if (places.rows == NEWLINE).any() else "separators of the text's vocabulary"
   count = f"{len(places.rows):,} places: {crops} x {tokens} visual tokens"

@@ -61,7 +61,7 @@ def _figure(figure: Figure, png: bytes) -> str:
   caption = f" {escape(figure.caption)}" if figure.caption else ""
   # No wider than its picture: a long caption would pull the figures of a row apart.
   return (
-    f"<figure style='max-width:{max(width, 150)}px'><figcaption><b>{escape(figure.title)}</b>{caption}"
+    f"<figure style='max-width:{max(width, 240)}px'><figcaption><b>{escape(figure.title)}</b>{caption}"
     f" <a href='{name}.png'>{name}.png</a></figcaption>"
     f"<img src='{uri}' width='{width}' height='{height}' alt='{escape(figure.title)}'></figure>"
   )

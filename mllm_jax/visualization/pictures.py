@@ -147,10 +147,10 @@ def montage(tiles: Sequence[np.ndarray], columns: int, gap: int = 8) -> np.ndarr
 def badge(pixels: np.ndarray, x: float, y: float, text: str, colour: Colour) -> np.ndarray:
   """The picture with a small label whose upper left corner is at (x, y), moved where it would leave the picture."""
   image = Image.fromarray(pixels)
-  draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+  draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
   left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-  width, height = right - left + 12, bottom - top + 10
+  width, height = right - left + 12, bottom - top + 8
   x, y = max(0, min(round(x), image.width - width)), max(0, min(round(y), image.height - height))
   draw.rounded_rectangle([x, y, x + width - 1, y + height - 1], 5, fill=colour, outline=INK)
-  draw.text((x + 6 - left, y + 5 - top), text, font=font, fill=INK)
+  draw.text((x + 6 - left, y + 4 - top), text, font=font, fill=INK)
   return np.asarray(image)

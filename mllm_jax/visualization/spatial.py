@@ -1,4 +1,4 @@
-"""LLaVA-SP's projector: what each spatial token is made of, and where its detail features come from (paper, figure 5)."""
+"""LLaVA-SP's projector: what each spatial token is made of, and where its details come from (paper, figure 5)."""
 
 import math
 
@@ -12,7 +12,7 @@ from mllm_jax.visualization import crops, pictures
 from mllm_jax.visualization.crops import NARROW, Crop
 from mllm_jax.visualization.page import Figure, Section
 
-TILE, COLUMNS = 168, 6  # of a montage: pixels of a tile at least, tiles in a row
+TILE, COLUMNS = 168, 4  # of a montage: pixels of a tile at least, tiles in a row
 LEAST = 6  # pixels between lines that are worth drawing
 
 
@@ -36,8 +36,8 @@ def _maps(config: ProjectorConfig, crop: Crop) -> Section:
   listed = ", ".join(str(size) for size in sizes)
   if config.maps == "pooling":
     text = (
-      f"{len(sizes)} spatial tokens, 0 to {len(sizes) - 1}: the whole map of patches pooled to {listed} cells along each "
-      "side, shown by its colours, and each convolved to one token."
+      f"{len(sizes)} spatial tokens, 0 to {len(sizes) - 1}: the whole map of patches pooled to {listed} cells along "
+      "each side, shown by its colours, and each convolved to one token."
     )
     return Section("Spatial tokens", text, [row])
   step = 2 * crop.step if NARROW // len(sizes) < 40 else crop.step
@@ -48,10 +48,10 @@ def _maps(config: ProjectorConfig, crop: Crop) -> Section:
   for k, (size, hue) in enumerate(zip(sizes, hues)):
     nested = pictures.badge(nested, (grid + size) // 2 * step - 26, (grid - size) // 2 * step + 4, str(k), hue)
   text = (
-    f"{len(sizes)} spatial tokens, 0 to {len(sizes) - 1}: squares of {listed} patches along each side around the centre, "
-    "each convolved to one token."
+    f"{len(sizes)} spatial tokens, 0 to {len(sizes) - 1}: squares of {listed} patches along each side around the "
+    "centre, each convolved to one token."
   )
-  return Section("Spatial tokens", text, [[Figure("squares", nested, "The squares on the crop")], row])
+  return Section("Spatial tokens", text, [[Figure("squares", nested, "The squares on the crop"), *row]])
 
 
 def _squares(crop: Crop, sizes: tuple[int, ...]) -> list[np.ndarray]:
@@ -109,9 +109,9 @@ def _details(model: Mllm, crop: Crop) -> Section:
   ]
   side, kernel = found.shape[-1], model.config.projector.dfi_kernel
   text = (
-    f"The detail map has {side} x {side} places, each a convolution of {kernel} x {kernel} patches, {DFI_STRIDE} patches "
-    "apart. Each spatial token attends to it: bright is where it takes most from. Every picture has its own scale, from "
-    "the token's least weight to its largest."
+    f"The detail map has {side} x {side} places, each a convolution of {kernel} x {kernel} patches, {DFI_STRIDE} "
+    "patches apart. Each spatial token attends to it: bright is where it takes most from. Every picture has its own "
+    "scale, from the token's least weight to its largest."
   )
   most = ", ".join(f"{weights.max():.3f}" for weights in found)
   caption = f"The largest weights are {most}; even attention is {1 / side**2:.3f}."

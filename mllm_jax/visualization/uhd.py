@@ -62,16 +62,16 @@ def _pyramid(model: Mllm, crop: Crop) -> Section:
       row.append(figure("bilinear", "Bilinear", level, plain[level]))
     rows.append(row)
   text = (
-    f"The levels that attention sees: {', '.join(map(str, config.levels))}. Features as red, green and blue: their first "
-    "three principal components, taken from level 0 and the same in all of these pictures. For comparison the same "
-    "features upsampled bilinearly, which know nothing of the image's edges."
+    f"The levels that attention sees: {', '.join(map(str, config.levels))}. Features as red, green and blue: their "
+    "first three principal components, taken from level 0 and the same in all of these pictures. For comparison the "
+    "same features upsampled bilinearly, which know nothing of the image's edges."
   )
   return Section(f"Pyramid of crop {crop.number}", text, rows)
 
 
 def window(grid: tuple[int, int], count: int, level: int, row: int, column: int) -> tuple[float, float, float, float]:
-  """(left, top, right, bottom) of one of count x count windows of a level, in cells of the tower's grid (h, w). A window
-  is at least one cell of its level long, and then the last ones reach past the map (`windows.Axis`)."""
+  """(left, top, right, bottom) of one of count x count windows of a level, in cells of the tower's grid (h, w). A
+  window is at least one cell of its level long, and then the last ones reach past the map (`windows.Axis`)."""
   (height, width), least = grid, 2.0**-level
   left, top = column * width / count, row * height / count
   return left, top, left + max(width / count, least), top + max(height / count, least)
@@ -97,8 +97,8 @@ def _windows(model: Mllm, crop: Crop) -> Section:
     )
   sets = {"hiwin": "four sets of queries that a linear layer merges", "uhd_v1": "one query"}[config.kind]
   text = (
-    f"Window {chosen[1] + 1} from the left and {chosen[0] + 1} from the top, marked, is the one with most contrast: it is "
-    f"pooled to {total} tokens ({config.pooling} pooling), which {sets} attends to. One visual token comes of it."
+    f"Window {chosen[1] + 1} from the left and {chosen[0] + 1} from the top, marked, is the one with most contrast: it "
+    f"is pooled to {total} tokens ({config.pooling} pooling), which {sets} attends to. One visual token comes of it."
   )
   return Section(f"Windows of crop {crop.number}", text, [figures])
 
