@@ -42,6 +42,8 @@ ALLOWED = {
   "inspection": {"batch", "build", "config", "models", "parameters", "places", "weights"},
   "bench": {"config", "data", "models", "parameters", "weights"},
   "convert": {"build", "config", "data", "inspection", "places", "training", "weights"},
+  "visualization": {"batch", "config", "data", "models", "page"},
+  "visualize": {"build", "config", "data", "places", "training", "visualization"},
   "generate": {"build", "config", "data", "inference", "places", "training", "weights"},
   "train": {
     "build",

@@ -12,7 +12,7 @@ from mllm_jax.visualization import crops, pictures
 from mllm_jax.visualization.crops import NARROW, Crop
 from mllm_jax.visualization.page import Figure, Section
 
-TILE, COLUMNS = 168, 4  # of a montage: pixels of a tile at least, tiles in a row
+TILE = 168  # pixels of a tile of a montage, at least
 LEAST = 6  # pixels between lines that are worth drawing
 
 
@@ -32,7 +32,7 @@ def _maps(config: ProjectorConfig, crop: Crop) -> Section:
   tiles = [
     pictures.badge(tile, 6, 6, str(k), hue) for k, (tile, hue) in enumerate(zip(draw(crop, sizes), hues, strict=True))
   ]
-  row = [Figure("maps", pictures.montage(tiles, COLUMNS), "What each spatial token sees", "From the smallest map on.")]
+  row = [Figure("maps", pictures.montage(tiles, 4), "What each spatial token sees", "From the smallest map on.")]
   listed = ", ".join(str(size) for size in sizes)
   if config.maps == "pooling":
     text = (
@@ -115,5 +115,5 @@ def _details(model: Mllm, crop: Crop) -> Section:
   )
   most = ", ".join(f"{weights.max():.3f}" for weights in found)
   caption = f"The largest weights are {most}; even attention is {1 / side**2:.3f}."
-  figure = Figure("details", pictures.montage(tiles, COLUMNS), "Attention of each spatial token", caption)
+  figure = Figure("details", pictures.montage(tiles, 6), "Attention of each spatial token", caption)
   return Section("Detail features", text, [[figure]])

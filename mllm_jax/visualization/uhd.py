@@ -62,10 +62,11 @@ def _pyramid(model: Mllm, crop: Crop) -> Section:
       row.append(figure("bilinear", "Bilinear", level, plain[level]))
     rows.append(row)
   text = (
-    f"The levels that attention sees: {', '.join(map(str, config.levels))}. Features as red, green and blue: their "
-    "first three principal components, taken from level 0 and the same in all of these pictures. For comparison the "
-    "same features upsampled bilinearly, which know nothing of the image's edges."
+    f"The visual tokens are made of level {' and '.join(map(str, config.levels))}. Features as red, green and blue: their "
+    "first three principal components, taken from level 0 and the same in all of these pictures."
   )
+  if config.pyramid != "bilinear":
+    text += " For comparison the same features upsampled bilinearly, which know nothing of the image's edges."
   return Section(f"Pyramid of crop {crop.number}", text, rows)
 
 
