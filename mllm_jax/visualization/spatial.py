@@ -44,7 +44,7 @@ def _maps(config: ProjectorConfig, crop: Crop) -> Section:
   nested = crop.enlarged(step)
   for size, hue in reversed(list(zip(sizes, hues))):
     start = (grid - size) // 2 * step
-    nested = pictures.box(nested, start, start, start + size * step, start + size * step, hue, width=2)
+    nested = pictures.box(nested, start, start, start + size * step, start + size * step, hue)
   for k, (size, hue) in enumerate(zip(sizes, hues)):
     nested = pictures.badge(nested, (grid + size) // 2 * step - 26, (grid - size) // 2 * step + 4, str(k), hue)
   text = (

@@ -62,8 +62,9 @@ def _pyramid(model: Mllm, crop: Crop) -> Section:
       row.append(figure("bilinear", "Bilinear", level, plain[level]))
     rows.append(row)
   text = (
-    f"The visual tokens are made of level {' and '.join(map(str, config.levels))}. Features as red, green and blue: their "
-    "first three principal components, taken from level 0 and the same in all of these pictures."
+    f"The visual tokens are made of {'level' if len(config.levels) == 1 else 'levels'} "
+    f"{', '.join(map(str, config.levels))}. Features as red, green and blue: their first three principal "
+    "components, taken from level 0 and the same in all of these pictures."
   )
   if config.pyramid != "bilinear":
     text += " For comparison the same features upsampled bilinearly, which know nothing of the image's edges."
@@ -116,7 +117,7 @@ def _grid_lines(crop: Crop, count: int) -> np.ndarray:
   shown = crop.enlarged(crop.step)
   height, width = shown.shape[:2]
   inner = range(1, count)
-  thick = 2 if min(height, width) >= 12 * count else 1
+  thick = 2 if min(height, width) >= 40 * count else 1  # many lines with edges would hide the crop
   return pictures.lines(shown, [i * width / count for i in inner], [i * height / count for i in inner], width=thick)
 
 
