@@ -24,6 +24,11 @@ DATA_COMMANDS = {
     " ocr_vqa/images, textvqa/train_images, vg/VG_100K and vg/VG_100K_2; for COCO: "
     f"{COCO} {{images}}/coco",
   ),
+  "llava-uhdv2-sft.json": (
+    "write a LLaVA JSON of the instruction data; LLaVA-1.5's is a start: hf download liuhaotian/LLaVA-Instruct-150K "
+    "llava_v1_5_mix665k.json --repo-type dataset --local-dir {folder}",
+    f"put the pictures that it names there; for COCO: {COCO} {{images}}/coco",
+  ),
   "train2017": (f"mkdir -p {{folder}} && {COCO} {{folder}}", ""),
 }
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from mllm_jax import build, parameters, preflight, sharding
+from mllm_jax import build, parameters, preflight, recipes, sharding
 from mllm_jax.batch import Batch
 from mllm_jax.config import Config, ConfigError, from_dict, to_dict
 from mllm_jax.data.image_batches import ImageBatch
@@ -22,7 +22,30 @@ from mllm_jax.training import vdim_step
 
 ALL_RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 RECIPES = [path for path in ALL_RECIPES if path.stem != "vdim"]  # it has no language model
-PROJECTOR = {"llava15": 20_979_712, "sp_cropping": 923_550_208, "sp_pooling": 923_546_112}
+
+
+def uhd_projector(width: int, vision: int = 1024) -> int:
+  """Parameters of LLaVA-UHD v2's projector that are used with levels 0 and 2 (reference: its published shapes)."""
+  pyramid = 2 * 6233 + vision**2 + vision
+  levels = 2 * (vision * width + 2 * width)
+  return pyramid + levels + 5 * 144 * width + 4 * 2 * width + 9 * width**2 + 5 * width
+
+
+def uhd_v1_projector(width: int, vision: int = 1024) -> int:
+  return 2 * 144 * width + vision * width + 3 * 2 * width + 5 * width**2 + 4 * width
+
+
+PROJECTOR = {
+  "llava15": 20_979_712,
+  "sp_cropping": 923_550_208,
+  "sp_pooling": 923_546_112,
+  "uhd_v1": uhd_v1_projector(4096),
+  "uhd_v2": uhd_projector(4096),
+  "uhd_v2_qwen2": uhd_projector(3584),
+}
+QWEN2_7B = 7_615_616_512
+LLAVA = [path for path in RECIPES if not path.stem.startswith("uhd")]
+UHD = [path for path in RECIPES if path.stem.startswith("uhd")]
 VISION_L_OF_23_LAYERS = 290_909_184  # CLIP-L/14-336 without its last layer and post-norm
 VICUNA = {"7b": 6_738_415_616, "13b": 13_015_864_320}
 LORA_7B = 319_815_680
@@ -59,7 +82,7 @@ def test_both_stages_trace_at_full_size(path, variant):
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   for name in preflight.stage_names(config):
     if name == "vdim":
-      trace_vdim(config, mesh)
+      trace_vdim(config, sharding.make_mesh(config.mesh, jax.devices()[: 1 if variant else 8]))
       continue
     stage = getattr(config, name)
     preflight.check_stage(name, stage, sharding.batch_shards(mesh), 1)
@@ -70,9 +93,9 @@ def test_both_stages_trace_at_full_size(path, variant):
     if not variant:
       assert count(flat, "projector/") == PROJECTOR[path.stem]
       assert count(flat, "vision/") == VISION_L_OF_23_LAYERS
-      assert count(flat, "decoder/", without="/lora/") == VICUNA["7b"]
+      assert count(flat, "decoder/", without="/lora/") == (QWEN2_7B if "qwen2" in path.stem else VICUNA["7b"])
       assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (
-        LORA_7B if name == "finetune" else 0
+        LORA_7B if name == "finetune" and path in LLAVA else 0
       )
     dtype = lambda path: jnp.float32 if rates[path] else jnp.dtype(config.model.frozen_dtype)
     arrays = {path: jax.ShapeDtypeStruct(x.shape, dtype(path)) for path, x in flat.items()}
@@ -176,7 +199,23 @@ def test_vicuna_13b_has_the_released_size():
   assert count(flat, "decoder/") == VICUNA["13b"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", UHD, ids=lambda path: path.stem)
+def test_the_hyper_parameters_of_llava_uhd(path):
+  config = load(path)
+  rates = [dict(stage.parameters) for stage in (config.pretrain, config.finetune)]
+  assert [rate[recipes.RESAMPLER] for rate in rates] == [2e-4 if "qwen2" in path.stem else 1e-3, 2e-5]
+  assert [rate[recipes.VISION] for rate in rates] == [rate[recipes.DECODER] for rate in rates] == [0.0, 2e-5]
+  if path.stem != "uhd_v1":  # VDIM is trained by itself alone
+    assert config.stages == "vdim,pretrain,finetune"
+    assert all(rate[recipes.PYRAMID] == rate[recipes.PYRAMID_FIXUP] == 0 for rate in rates)
+  assert (config.pretrain.batch_size, config.finetune.batch_size) == (256, 128)
+  assert (config.pretrain.data.max_slices, config.finetune.data.max_slices) == (1, 6)
+  assert config.finetune.lora.rank == 0 and config.finetune.data.image_aspect == "slices"
+  with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
+    load(path, "demos")
+
+
+@pytest.mark.parametrize("path", LLAVA, ids=lambda path: path.stem)
 def test_the_papers_hyper_parameters(path):
   config = load(path)
   pretrain, finetune = config.pretrain, config.finetune
@@ -192,8 +231,9 @@ def test_the_papers_hyper_parameters(path):
 
 
 def test_an_unknown_variant_is_an_error():
-  with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
+  with pytest.raises(ConfigError, match="no variant 'demos'; there are :demo and :demo_shapes"):
     load(RECIPES[0], "demos")
+  assert load(RECIPES[0], "demo_shapes").demo_shapes and not load(RECIPES[0], "demo").demo_shapes
 
 
 def test_a_configuration_survives_json_and_an_unknown_field_does_not():
@@ -214,7 +254,9 @@ def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
   text = preflight.explain_missing(preflight.missing_files(config), f"configs/{path.name}")
   for words in (
     "hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
-    "hf download lmsys/vicuna-7b-v1.5 --local-dir weights/vicuna-7b-v1.5",
+    "hf download Qwen/Qwen2-7B-Instruct --local-dir weights/qwen2-7b-instruct"
+    if "qwen2" in path.stem
+    else "hf download lmsys/vicuna-7b-v1.5 --local-dir weights/vicuna-7b-v1.5",
     f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
     "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json",
     f"--config=configs/{path.name}:demo",
