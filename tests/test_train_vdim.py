@@ -199,15 +199,13 @@ def test_vdim_that_is_not_there_or_of_another_model(folder, finished, tmp_path, 
     np.testing.assert_array_equal(array, again[name])
   given = str(vdim_file.in_run(finished[0]))
   assert settle(folder, tmp_path / "c", projector_weights="some.bin")[0] is None  # it brings its own
-  with pytest.raises(
-    WeightsError, match="VDIM of 1 levels above the tower.s, and projector.levels=.0, 2. need one of 2"
-  ):
+  with pytest.raises(WeightsError, match="VDIM of 1 levels above the tower.s, and .* need one of 2"):
     settle(
       folder, tmp_path / "d", vdim_weights=given, projector=ProjectorConfig(kind="hiwin", levels=(0, 2), head_width=8)
     )
   foreign = tmp_path / "foreign.safetensors"
   save_file({"upsampler.up1.range_temp": np.zeros((), np.float32)}, foreign)
-  with pytest.raises(WeightsError, match="foreign.safetensors holds .*VDIM"):
+  with pytest.raises(WeightsError, match="foreign.safetensors does not fit the model"):
     settle(folder, tmp_path / "e", vdim_weights=str(foreign))
   shutil.copytree(finished[0] / "vdim" / "checkpoints", tmp_path / "f" / "vdim" / "checkpoints")
   with pytest.raises(ConfigError, match="the stage vdim is not finished"):

@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
   remat="full",
 )
 KINDS = {
-  "hiwin": CONFIG.projector,
+  "hiwin": dataclasses.replace(CONFIG.projector, levels=(0, 1)),
   "bilinear": dataclasses.replace(CONFIG.projector, pyramid="bilinear", levels=(0, 1, 2), pooling="fixed"),
   "deconv": dataclasses.replace(CONFIG.projector, pyramid="deconv", levels=(0, 1), pooling="pyramid"),
   "uhd_v1": dataclasses.replace(CONFIG.projector, kind="uhd_v1", pyramid="none", levels=(0,)),
@@ -86,12 +86,10 @@ def test_gradients_on_a_mesh_are_those_of_one_device(kind):
 
   expected = gradient(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
   assert all(np.abs(expected[path]).max() > 0 for path in expected if path.startswith("vision"))
-  for shape in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=8)):
-    found = gradient(sharding.make_mesh(shape, jax.devices()))
-    for path, value in found.items():
-      # Where a bias cancels in a softmax only rounding is left of its gradient, hence the floor.
-      bound = 1e-4 * np.abs(expected[path]).max() + 1e-5
-      np.testing.assert_allclose(value, expected[path], rtol=0, atol=bound, err_msg=f"{shape} {path}")
+  for path, value in gradient(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())).items():
+    # Where a bias cancels in a softmax only rounding is left of its gradient, hence the floor.
+    bound = 1e-4 * np.abs(expected[path]).max() + 1e-5
+    np.testing.assert_allclose(value, expected[path], rtol=0, atol=bound, err_msg=path)
 
 
 def test_sizes_and_names_of_the_projectors():
