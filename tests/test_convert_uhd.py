@@ -128,6 +128,7 @@ def test_a_released_model_in_and_out_and_in_again(tmp_path, capsys, name, mask, 
   assert folder.read(again).parts == manifest.parts
 
 
+@pytest.mark.long
 def test_logits_are_the_same_after_a_round_trip(tmp_path, capsys):
   vision = layouts.vision_folder(tmp_path / "clip-tower", VICUNA)
   source = released_folder(tmp_path / "m", VICUNA, vision, 5)

@@ -75,7 +75,7 @@ def abstract_batch(config, stage, rows: int) -> Batch:
   )
 
 
-@pytest.mark.parametrize("variant", ["", "demo"])
+@pytest.mark.parametrize("variant", ["", pytest.param("demo", marks=pytest.mark.long)])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_both_stages_trace_at_full_size(path, variant):
   config = load(path, variant)

@@ -119,6 +119,7 @@ def test_a_whole_run(finished):
   assert sum(x.size for x in arrays.values()) == 6233 + 16 * 16 + 16  # the paper's stage, and the last correction
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_ends_with_the_same_parameters(folder, finished):
   workdir = folder / "killed"
   process = start(folder, workdir)

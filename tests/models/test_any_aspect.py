@@ -28,6 +28,7 @@ KINDS = {
   "uhd_v1": dataclasses.replace(CONFIG.projector, kind="uhd_v1", pyramid="none", levels=(0,)),
   "mlp144": dataclasses.replace(CONFIG.projector, kind="mlp144"),
 }
+OTHERS = [kind for kind in KINDS if kind not in ("hiwin", "uhd_v1")]
 GRIDS = np.array([[[8, 8], [3, 16], [0, 0]], [[21, 3], [1, 64], [8, 7]]], np.int32)
 
 
@@ -46,7 +47,7 @@ def crops(grids: np.ndarray, seed: int = 0, padding: int = 0) -> np.ndarray:
   return patches
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["hiwin", "uhd_v1", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)])
 def test_an_image_gets_in_a_mixed_batch_what_it_gets_alone(kind):
   graphdef, flat = make(KINDS[kind])
   run = released.jit(lambda flat, patches, grids: parameters.unflatten(graphdef, flat).visual_tokens(patches, grids))
@@ -65,7 +66,7 @@ def test_an_image_gets_in_a_mixed_batch_what_it_gets_alone(kind):
         np.testing.assert_allclose(found, mixed[row, crop], rtol=0, atol=1e-5 * np.abs(mixed).max())
 
 
-@pytest.mark.parametrize("kind", ["hiwin", "deconv"])
+@pytest.mark.parametrize("kind", ["hiwin", pytest.param("deconv", marks=pytest.mark.long)])
 def test_gradients_on_a_mesh_are_those_of_one_device(kind):
   """Gradients of everything, the tower's too: stage 2 of LLaVA-UHD v2 trains it."""
   graphdef, flat = make(KINDS[kind])

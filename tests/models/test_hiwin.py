@@ -35,6 +35,7 @@ def inputs(levels=(0, 1), grids=GRIDS) -> tuple[dict[int, np.ndarray], np.ndarra
 run = jax.jit(lambda made, maps, grids: made(maps, grids))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pooling, query_grid", [("selective", 8), ("selective", 16), ("fixed", 12), ("pyramid", 8)])
 def test_against_the_plain_way(pooling, query_grid):
   """Step by step as the authors' code goes, in float64, with loops."""
@@ -92,6 +93,7 @@ def test_unused_crops_have_finite_gradients():
   assert not any(np.any(x) for x in jax.tree.leaves(gradients[1]))
 
 
+@pytest.mark.long
 def test_gradients_by_finite_differences():
   """Every kind of parameter and the maps, each along a random direction."""
   made, (maps, grids) = module(), inputs()
@@ -122,6 +124,7 @@ def test_gradients_by_finite_differences():
   assert not np.any(gradients["attention/k_proj/bias"])
 
 
+@pytest.mark.long
 def test_folding_once_for_many_crops_changes_nothing():
   """Neither the tokens nor the gradients, of a scan over crops whose inner values are made again."""
   made, (maps, grids) = module(levels=(1,)), inputs(levels=(1,))
@@ -143,6 +146,7 @@ def test_folding_once_for_many_crops_changes_nothing():
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.long
 def test_crops_stay_on_their_chips():
   """Split over eight devices no map moves: only how long the longest band is, is told round."""
   made, (maps, grids) = module(levels=(1,)), inputs(levels=(1,), grids=GRIDS * 2)

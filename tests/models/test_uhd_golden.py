@@ -8,6 +8,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import released
 from flax import nnx
 from uhd_draws import FOLDER, Normals32, close
@@ -69,6 +70,7 @@ def projector(levels: tuple[int, ...], arrays: dict[str, np.ndarray]) -> tuple[n
   return released.fill(make(), "projector/", table, weights), table
 
 
+@pytest.mark.long
 def test_values():
   arrays = read("e2e_projector_mask7")
   module, _ = projector((0, 1, 2), arrays)

@@ -183,6 +183,7 @@ def value_and_gradients(inputs, grids):
   return (model(features, patches, grids)[2] * WEIGHTS).sum()
 
 
+@pytest.mark.long
 def test_gradient_is_the_slope():
   """Along a random direction through features, image and all parameters, against central differences."""
   features, patches, grids = case(GRIDS)
@@ -237,6 +238,7 @@ def test_dropout():
   assert abs(float((dropped[0, 0, :, 0] == 0).mean()) - 0.1) < 0.03  # 3 standard deviations
 
 
+@pytest.mark.long
 def test_bfloat16():
   """Stages compute in float32: only what goes in and comes out is rounded, to 1 part in 256."""
   features, patches, grids = case([(4, 6)])

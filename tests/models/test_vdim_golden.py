@@ -82,6 +82,7 @@ def test_stack_of_two():
   check_gradients(of_model, arrays)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [120, 150], ids=["full", "padded"])
 def test_stack_of_three(length):
   arrays, (height, width), channels = read("vdim_stack8x_12x10"), (12, 10), 8

@@ -109,6 +109,7 @@ def test_a_map_of_ones_pools_to_the_coverage(grid):
     np.testing.assert_allclose(covered, np.broadcast_to(valid, covered.shape), atol=ROUNDING)
 
 
+@pytest.mark.long
 def test_gradients_are_the_adjoint():
   """Pooling is linear in the maps and in the scales: both gradients times what they belong to give the same number."""
   draw = np.random.default_rng(3)
@@ -131,6 +132,7 @@ def test_gradients_are_the_adjoint():
   assert not np.any(np.asarray(d_scale)[padding])
 
 
+@pytest.mark.long
 def test_tables_are_resized_and_pooled_as_if_step_by_step():
   grids = [(1, 7), (24, 14), (5, 70), (12, 12), (3, 3), (30, 2)]
   pooling = Pooling(8, 2, 0)

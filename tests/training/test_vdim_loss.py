@@ -199,6 +199,7 @@ def make_loss(size, cells, width, **drawn):
   return loss, maps, heads, jnp.ones((size // 14, size // 14, width), jnp.bfloat16), jnp.ones((size, size, 3))
 
 
+@pytest.mark.long
 def test_a_batch_is_its_pictures_one_by_one():
   loss, maps, heads, target, image = make_loss(42, (6, 12), 8, projected=4, crf_samples=10)
   keys = jax.random.split(jax.random.key(1), 3)

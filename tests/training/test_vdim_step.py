@@ -150,6 +150,7 @@ def close_gradients(found, expected):
     np.testing.assert_allclose(found[path], expected[path], rtol=0, atol=3e-4 * scale + 1e-7, err_msg=path)
 
 
+@pytest.mark.long
 def test_neither_micro_batches_nor_devices_change_a_step():
   small = dict(projector=ONE_LEVEL, clip_steps=0, jitters=1, crf_samples=5)
   whole = Training(**small)

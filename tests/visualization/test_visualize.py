@@ -71,6 +71,7 @@ def test_a_page_and_its_pictures_for_every_kind_of_model(kind, image, tmp_path, 
   assert "a wide &lt;one&gt;.png" in text and ("no pyramid" in text) == (kind == "uhd_v1")
 
 
+@pytest.mark.long
 def test_another_crop_replaces_the_folder(image, tmp_path, capsys):
   model, out = tiny_folders.write(tmp_path / "model", "hiwin"), tmp_path / "looked"
   out.mkdir()  # an empty one may be used
