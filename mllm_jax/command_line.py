@@ -1,5 +1,6 @@
-"""The trainer's command line: the recipe with its overrides, and what is wrong with them in plain words."""
+"""Command lines: the trainer's recipe with its overrides, and what is wrong with one in plain words."""
 
+import argparse
 import dataclasses
 import re
 from pathlib import Path
@@ -9,6 +10,13 @@ from ml_collections import config_flags
 
 from mllm_jax import config as config_lib
 from mllm_jax.config import Config, ConfigError, check_types
+
+
+class Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line; --help has the rest."""
+
+  def error(self, message: str):
+    self.exit(2, f"error: {message} (see --help)\n")
 
 
 def plain_error(argv: list[str], error: Exception) -> str:

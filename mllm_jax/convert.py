@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mllm_jax.command_line import Parser
 from mllm_jax.config import ConfigError
 from mllm_jax.places import PlaceError
 from mllm_jax.weights.errors import WeightsError
@@ -51,13 +52,6 @@ INSPECT = """Says what a folder or a file of weights is recognised as, and lists
 Nothing but headers is read."""
 VERIFY = """Compares two models, whatever their formats: the largest difference of every tensor, and of the logits on a
 fixed picture and text, computed in float32. Exit status 1 where they differ by more than --tolerance."""
-
-
-class Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line; --help has the rest."""
-
-  def error(self, message: str):
-    self.exit(2, f"error: {message} (see --help)\n")
 
 
 def parser() -> Parser:

@@ -13,6 +13,7 @@ import time
 import types
 from collections.abc import Sequence
 
+from mllm_jax.command_line import Parser
 from mllm_jax.config import ConfigError
 from mllm_jax.data import images
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Turn
@@ -26,13 +27,6 @@ EXAMPLES = """examples:
   python -m mllm_jax.generate --model=runs/sp --image=a.jpg --image=b.jpg --prompt="What differs between the two?"
   python -m mllm_jax.generate --model=runs/sp --image=a.jpg --prompt="Tell a story." --temperature=0.7 --top_p=0.9
 """
-
-
-class Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line; --help has the rest."""
-
-  def error(self, message: str):
-    self.exit(2, f"error: {message} (see --help)\n")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

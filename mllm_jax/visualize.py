@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from mllm_jax.command_line import Parser
 from mllm_jax.config import ConfigError, ModelConfig
 from mllm_jax.data import images
 from mllm_jax.data.records import DataError
@@ -29,13 +30,6 @@ examples:
   python -m mllm_jax.visualize --model=models/sp --image=street.jpg --out=looked
   python -m mllm_jax.visualize --model=runs/uhd_v2 --image=street.jpg --crop=3 --out=looked
 """
-
-
-class Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line; --help has the rest."""
-
-  def error(self, message: str):
-    self.exit(2, f"error: {message} (see --help)\n")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -75,8 +75,13 @@ def abstract_batch(config, stage, rows: int) -> Batch:
   )
 
 
-@pytest.mark.parametrize("variant", ["", pytest.param("demo", marks=pytest.mark.long)])
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+# The demo with Qwen2's recipe has the demo's own Llama, and so is uhd_v2's.
+TRACED = [
+  (path, variant) for path in RECIPES for variant in ("", "demo") if (path.stem, variant) != ("uhd_v2_qwen2", "demo")
+]
+
+
+@pytest.mark.parametrize("path, variant", TRACED, ids=lambda part: getattr(part, "stem", part))
 def test_both_stages_trace_at_full_size(path, variant):
   config = load(path, variant)
   mesh = sharding.make_mesh(config.mesh, jax.devices())

@@ -41,10 +41,10 @@ ALLOWED = {
   "build": {"config", "data", "models", "parameters", "places", "sharding", "training", "weights"},
   "inspection": {"batch", "build", "config", "models", "parameters", "places", "weights"},
   "bench": {"config", "data", "models", "parameters", "weights"},
-  "convert": {"build", "config", "data", "inspection", "places", "training", "weights"},
+  "convert": {"build", "command_line", "config", "data", "inspection", "places", "training", "weights"},
   "visualization": {"batch", "config", "data", "models", "page"},
-  "visualize": {"build", "config", "data", "places", "training", "visualization"},
-  "generate": {"build", "config", "data", "inference", "places", "training", "weights"},
+  "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
+  "generate": {"build", "command_line", "config", "data", "inference", "places", "training", "weights"},
   "train": {
     "build",
     "command_line",

@@ -97,18 +97,6 @@ class Processor:
     nothing = layout.RowArrays(*(np.zeros(0, dtype) for dtype in layout.DTYPES))
     return Row(*layout.pad(nothing, self.max_length), *self._patches([]))
 
-  def measure(self, sample: Sample) -> tuple[int, int]:
-    """(places that the sample takes before anything is cut off, crops that it takes); no image is opened.
-
-    Raises:
-      DataError: a sample that `row` refuses because of its turns or placeholders. The message names the sample.
-    """
-    try:
-      encoded = chat.encode(sample.turns, self.template, self.tokenizer, len(sample.images), sample.system)
-    except DataError as error:
-      raise DataError(f"{sample.name}: {error}") from error
-    return len(encoded.ids) + len(sample.images) * (self.tokens_per_crop - 1), len(sample.images)
-
   def packed_row(self, samples: Sequence[Sample], length: int) -> Row:
     """A training row of `length` places that samples share, each cut to max_length; without any, a row of padding.
 
