@@ -44,7 +44,7 @@ ALLOWED = {
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "places", "sharding", "training", "weights"},
   "inspection": {"batch", "build", "config", "models", "parameters", "places", "weights"},
-  "bench": {"config", "data", "models", "parameters", "weights"},
+  "bench": {"batch", "config", "data", "models", "parameters", "recipes", "sharding", "training", "weights"},
   "convert": {"build", "command_line", "config", "data", "inspection", "places", "training", "weights"},
   "visualization": {"batch", "config", "data", "models", "page"},
   "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},

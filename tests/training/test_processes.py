@@ -1,8 +1,6 @@
 """Two real processes of four CPU devices: what they decide, read and write together, and how they end together."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,31 +9,13 @@ import jax
 import numpy as np
 import pytest
 from pair import ARRAY, state_of
+from processes import environment, free_port
 
 from mllm_jax import distributed
 from mllm_jax.config import ConfigError
 from mllm_jax.training.checkpoint import Checkpoints
 
 KERNEL = "decoder/layers/q_proj/kernel"
-
-
-def free_port() -> int:
-  with socket.socket() as found:
-    found.bind(("127.0.0.1", 0))
-    return found.getsockname()[1]
-
-
-def environment(index: int, port: int, **more: str) -> dict[str, str]:
-  """Of one of two processes of four devices."""
-  return os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4",
-    "PYTHONPATH": str(Path(__file__).parents[2]),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-    "JAX_NUM_PROCESSES": "2",
-    "JAX_PROCESS_ID": str(index),
-    **more,
-  }
 
 
 @pytest.fixture(scope="module")
