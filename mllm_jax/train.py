@@ -50,9 +50,11 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
   # ---- devices -------------------------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_rows(mesh)
+  shares = sharding.row_share(mesh, jax.process_index())[1]
   for name in names:
-    preflight.check_stage(name, getattr(config, name), sharding.batch_shards(mesh), jax.process_count())
+    preflight.check_stage(name, getattr(config, name), sharding.batch_shards(mesh), shares)
+    if name != "vdim" and shares < jax.process_count():
+      raise ConfigError("an axis tensor that runs through several processes is not supported for this stage")
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   kind = mesh.devices.flat[0].platform
   processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""

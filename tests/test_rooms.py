@@ -32,6 +32,7 @@ ALLOWED = {
     "parameters",
     "preflight",
     "run_control",
+    "sharding",
     "stage_loop",
     "training",
     "weights",

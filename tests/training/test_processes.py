@@ -41,6 +41,12 @@ def test_processes_decide_the_same(pair):
     assert seen["first says"] is True and seen["flags"] == [0, 3]
 
 
+def test_each_process_makes_its_share_of_the_rows(pair):
+  for seen in pair[1]:
+    # All rows once, though those of a process do not lie side by side; or the same rows made by both.
+    assert seen["rows"] == [list(range(8)), [0, 1]]
+
+
 def test_what_goes_wrong_in_one_process_ends_both_and_is_said_by_process_0(pair):
   first, second = pair[1]
   assert first["agreed"] == [2, "process 1: sample 3 is bad"] and second["agreed"] == [2, "sample 3 is bad"]
