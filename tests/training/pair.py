@@ -137,7 +137,7 @@ class Counted(InMemory):
     return found
 
 
-def loop(mesh, bad_at=None, signal_at=None, full_at=None) -> list:
+def loop(mesh, bad_at=None, signal_at=None, full_at=None, expected=Stopped) -> list:
   """[how it ended, steps taken, steps saved, steps reported] of up to eight steps; the `_at`s are numbers of batches or
   steps at which something happens to this process."""
   saved, reported = [], []
@@ -163,7 +163,7 @@ def loop(mesh, bad_at=None, signal_at=None, full_at=None) -> list:
         raise DataError(f"sample {number} is bad")
       if number == signal_at:
         Stop.signal = 15
-      yield [str(number)], Batch(*(np.ones((1, 4), np.float32) for _ in range(8)))
+      yield [str(number)], Batch(*(np.ones((1, len(mesh.local_devices)), np.float32) for _ in range(8)))
 
   @jax.jit
   def step(state, frozen, batch):
@@ -189,8 +189,8 @@ def loop(mesh, bad_at=None, signal_at=None, full_at=None) -> list:
     )
     saved.append(int(state.step))
     end = str(Stop.signal)
-  except Stopped as error:
-    end = f"{error.status} {error}"
+  except expected as error:
+    end = f"{error.status} {error}" if expected is Stopped else str(error)
   return [end, saved, reported]
 
 
