@@ -97,7 +97,7 @@ main() {
   if [[ -d $mount/runs ]]; then
     (
       mkdir -p "$mount/runs/logs"
-      while sleep 60; do cp "$kept/log" "$mount/runs/logs/$HOSTNAME.log" || true; done
+      while sleep 60 && kill -0 $$ 2>/dev/null; do cp "$kept/log" "$mount/runs/logs/$HOSTNAME.log" || true; done
     ) &
     copier=$!
   fi
