@@ -88,7 +88,7 @@ start() {
 # Inside the session. The output goes to a file without a pipe: at a shutdown everything gets SIGTERM at once, and the
 # trainer must be able to speak while it saves.
 main() {
-  local given trainer status=0 copier=""
+  local given trainer told="" status=0 copier=""
   mapfile -d '' -t given <"$kept/arguments"
   cd "$repository"
   # shellcheck source=launch/xla_flags.sh
@@ -102,13 +102,13 @@ main() {
     copier=$!
   fi
   # At a shutdown the trainer gets SIGTERM as well, and a second one would end it before it has saved: none is passed on.
-  trap : TERM HUP
+  trap 'told=yes' TERM HUP
   "$environment/bin/python" -m mllm_jax.train "${given[@]:2}" >>"$kept/log" 2>&1 &
   trainer=$!
   echo "$trainer" >"$kept/pid"
   wait "$trainer" || status=$?
-  while kill -0 "$trainer" 2>/dev/null; do # a signal has ended the waiting only
-    status=0
+  while [[ $told ]]; do # a signal has ended the waiting only
+    told="" status=0
     wait "$trainer" || status=$?
   done
   if [[ $copier ]]; then
