@@ -35,6 +35,7 @@ setup() {
     esac
   done
   alive && fail "a run is alive here; worker.sh stop ends it"
+  cd "$repository"
   run mkdir -p "$kept"
   # The image's own Python is 3.10; uv brings one that is new enough.
   if [[ ! -x $HOME/.local/bin/uv ]]; then
