@@ -13,7 +13,7 @@ usage: tpu.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- TRAINING ARGUMENTS]
   logs      what the run says on the first worker; --follow goes on
   resume    all of the above until the run is done: asks for the machines, sets them up, runs, looks every minute; after a
             preemption begins again; gives up at a failure that repeats without a new checkpoint in between
-  stop      end the run where it is, saved; run or resume go on from there
+  stop      end the run where it is, saved; run or resume go on from there (end a resume before)
   delete    give the machines back
 
   --name=NAME             of the request, and of its machines

@@ -32,15 +32,20 @@ replace() {
   give_back || failed "the old ones cannot be given back"
 }
 
+# A failure, unless the machines have been taken away meanwhile.
+failed_if_active() {
+  [[ $(resource_state) != ACTIVE ]] || failed "$*"
+}
+
 # A run that has not begun, or on machines that have started anew and lost their mounts.
 begin() {
   if ! { on_all "[ ! -e mllm_jax_run/ready ] || $WORKER stop" && setup_patiently && start; }; then
-    failed "the run could not be started"
+    failed_if_active "the run could not be started"
   fi
 }
 
 begin_again() {
-  if ! { on_all "$WORKER stop" && start; }; then failed "the run could not be started again"; fi
+  if ! { on_all "$WORKER stop" && start; }; then failed_if_active "the run could not be started again"; fi
 }
 
 # One look at machines that are there. Returns 0 when the run is done.
