@@ -38,7 +38,7 @@ def slurm(cloud, checkout, plan: str, **environment):
   cloud.put("plan", plan)
   spooled = cloud.folder / "slurm_script"  # Slurm runs a copy
   shutil.copy(checkout / "launch/slurm.sbatch", spooled)
-  job = dict(SLURM_JOB_ID="41", SLURM_SUBMIT_DIR=str(checkout), SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="48")
+  job = dict(SLURM_JOB_ID="41", SLURM_SUBMIT_DIR=str(checkout), SLURM_CPUS_ON_NODE="48")
   command = ["bash", spooled, *TRAINING]
   return subprocess.Popen(command, env=cloud.environment | job | environment, stdout=subprocess.PIPE, text=True)
 
@@ -46,8 +46,8 @@ def slurm(cloud, checkout, plan: str, **environment):
 @pytest.mark.parametrize("status", [0, 1, 143])
 def test_slurm_starts_a_process_a_node_and_hands_on_its_status(cloud, checkout, status):
   assert slurm(cloud, checkout, f"exit={status}").wait(timeout=20) == status
-  devices, flags, *words = (cloud.folder / "srun").read_text().split("\0")[:-1]
-  assert devices == "0,1,2,3" and "latency_hiding" in flags
+  flags, *words = (cloud.folder / "srun").read_text().split("\0")[:-1]
+  assert "latency_hiding" in flags
   assert words == [
     "--ntasks-per-node=1",
     "--cpus-per-task=48",

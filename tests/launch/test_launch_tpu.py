@@ -239,14 +239,14 @@ def test_resume_goes_on_while_failures_leave_new_checkpoints(cloud):
 
 
 def test_resume_ends_where_the_run_wants_something_put_right(cloud):
-  cloud.put("plan", "exit=2")
-  assert "asks for something to be put right first" in cloud.resume(status=1)
-  assert len(cloud.trained) == 1
+  cloud.put("plan", *["exit=2"] * 9)
+  assert "given up: the run asks for something to be put right first" in cloud.resume(status=1)
+  assert len(cloud.trained) == 2
 
 
 def test_resume_does_not_count_machines_that_are_taken_away_during_setup(cloud):
-  # What the loop sees, what setup sees, whether that was a failure, and the loop again: four times over.
-  cloud.put("states", *["ACTIVE", "SUSPENDED", "SUSPENDED", "SUSPENDED"] * 4)
+  # What the loop sees; what setup sees, and tells; whether that was a failure; and the loop again: four times over.
+  cloud.put("states", *["ACTIVE", "SUSPENDED", "SUSPENDED", "SUSPENDED", "SUSPENDED"] * 4)
   said = cloud.resume()
   assert "without a new checkpoint" not in said and "sp: done" in said
   assert cloud.count(DELETE) == 4 and len(cloud.trained) == 1
