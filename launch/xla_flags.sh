@@ -6,8 +6,8 @@
 #
 # Flags that recipes for TPUs used to need are missing on purpose: xla_tpu_enable_async_collective_fusion (with
 # _fuse_all_gather and _multiple_steps), xla_tpu_overlap_compute_collective_tc, xla_enable_async_all_gather and
-# xla_tpu_enable_latency_hiding_scheduler are on by default in libtpu 0.0.42 (a program compiled with each of them is the
-# same as without).
+# xla_tpu_enable_latency_hiding_scheduler are on by default in libtpu 0.0.42 (for v5e a program compiled with each of
+# them is the same as without).
 
 # Sets XLA_FLAGS or LIBTPU_INIT_ARGS for v4, v5e, v5p, v6e, gpu (NVIDIA) or cpu; the second argument is the
 # number of slices. Returns 2 for another chip.
