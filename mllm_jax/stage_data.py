@@ -22,16 +22,19 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
   from mllm_jax.data.sources.mix import open_data
 
   records = open_data(stage.data, config.seed)
-  check_records(stage, records)
   table = None
-  if stage.data.batching != "fixed":
+  if stage.data.batching == "fixed":
+    check_records(stage, records)
+  else:
+    problems = []
     with tqdm(
       total=len(records), desc="lengths", unit="sample", disable=jax.process_index() > 0, dynamic_ncols=True
     ) as bar:
       table = lengths.measured(
-        folder / "lengths.npz", records, processor, bar.update, stage.data.on_bad_sample, config.seed
+        folder / "lengths.npz", records, processor, bar.update, stage.data.on_bad_sample, config.seed, problems
       )
       bar.update(len(records) - bar.n)
+    judge(stage, records, problems)
   return TrainingBatches(
     records,
     processor,
@@ -55,10 +58,15 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
 
 def check_records(stage: StageConfig, records) -> None:
   """Looks at every record, images not decoded. Raises DataError where the stage does not put up with what is found."""
-  from mllm_jax.data.bad_samples import check_share
   from mllm_jax.data.records import check
 
-  problems = check(records, max_images=stage.data.max_images, processes=os.cpu_count() or 1)
+  judge(stage, records, check(records, max_images=stage.data.max_images, processes=os.cpu_count() or 1))
+
+
+def judge(stage: StageConfig, records, problems: list[tuple[int, str]]) -> None:
+  """Says which samples have problems. Raises DataError where the stage does not put up with them."""
+  from mllm_jax.data.bad_samples import check_share
+
   if not problems:
     return
   bad = len({sample for sample, _ in problems})

@@ -74,7 +74,6 @@ def test_a_tokenizer_that_joins_words_is_asked_for_whole_texts(tokenizers, chang
 
 def test_words_that_are_forgotten_are_counted_again(tokenizers, monkeypatch):
   monkeypatch.setattr(counting, "KEPT", 3)
-  monkeypatch.setattr(counting, "LONG", 4)
   tokenizer, counter = tokenizers[True], TokenCounter(tokenizers[True])
   for text in ("one two three four five six seven", "one longer-than-four two", " one  two", "", "seven"):
     chunk = [Piece("text", text), CUT, END, Piece("text", text)]
