@@ -124,7 +124,7 @@ def measured(
 def fingerprint(records: Records, processor: Processor, policy: str = "error", seed: int = 0) -> str | None:
   """A hash of what the lengths depend on: the data's files with sizes and dates, which of their samples are taken, the
   tokenizer, the template, the crops, and what becomes of bad samples. None where no date tells the state of the data:
-  a bucket, a TensorFlow data set."""
+  a JSON file in a bucket, a TensorFlow data set."""
   state = source_state(records)
   if state is None:
     return None
@@ -141,10 +141,12 @@ def fingerprint(records: Records, processor: Processor, policy: str = "error", s
 
 
 def source_state(records: Records) -> list | None:
-  """Each file of a source with its size and date, and the samples chosen of it; None where there are no local files."""
+  """Each file of a source with its size and date, and the samples chosen of it; None where nothing tells."""
   if hasattr(records, "parts"):  # a mix
     states = [(source_state(part), hashlib.sha256(chosen.tobytes()).hexdigest()) for part, chosen in records.parts]
     return None if any(state is None for state, _ in states) else [list(pair) for pair in states]
+  if getattr(records, "states", ()):  # remote shards
+    return [len(records), [[shard, *state] for shard, state in zip(records.shards, records.states)]]
   files = getattr(records, "shards", None) or (records.source,)
   if not all(os.path.isfile(file) for file in files):
     return None
