@@ -7,6 +7,8 @@ from mllm_jax.config import Config, StageConfig
 from mllm_jax.data.records import DataError
 from mllm_jax.run_control import say
 
+MUCH = 0.05  # of packed rows; what suits the data leaves half of it empty or less
+
 
 def load_data(config: Config, stage: StageConfig, processor, folder: Path):
   """The batches of a stage, after a look at every record. Raises DataError with all that is wrong.
@@ -35,7 +37,7 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
       )
       bar.update(len(records) - bar.n)
     judge(stage, records, problems)
-  return TrainingBatches(
+  batches = TrainingBatches(
     records,
     processor,
     batch_size=stage.batch_size,
@@ -54,6 +56,12 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
     on_bad_sample=stage.data.on_bad_sample,
     bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
   )
+  if stage.data.batching == "pack" and batches.order.padding > MUCH:
+    say(
+      f"packing leaves {batches.order.padding:.0%} of the places empty; a larger data.max_images or data.row_length "
+      "may do better, which `python -m mllm_jax.data stats` compares"
+    )
+  return batches
 
 
 def check_records(stage: StageConfig, records) -> None:
