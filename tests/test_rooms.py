@@ -21,6 +21,7 @@ ALLOWED = {
   "page": set(),
   "continuation": {"config", "sharding", "training"},
   "run_control": set(),
+  "stage_data": {"config", "data", "run_control"},
   "train_vdim": {
     "build",
     "config",
@@ -60,6 +61,7 @@ ALLOWED = {
     "report",
     "run_control",
     "sharding",
+    "stage_data",
     "train_vdim",
     "training",
     "weights",
