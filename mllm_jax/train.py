@@ -12,7 +12,6 @@ JAX_PROCESS_ID. Only process 0 prints and writes what is not a checkpoint's; a s
 
 import dataclasses
 import json
-import os
 import sys
 import time
 import traceback
@@ -109,6 +108,7 @@ def train_stage(run) -> None:
   from mllm_jax import build, parameters, train_vdim
   from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
+  from mllm_jax.stage_data import load_data
   from mllm_jax.training import optimizer as optimizer_lib
   from mllm_jax.training import step as step_lib
   from mllm_jax.weights.fingerprint import fingerprint
@@ -209,69 +209,6 @@ def save_model(workdir: Path) -> None:
     raise Stopped(
       1, f"trained and saved, but {target} cannot be written: {error}; the same command tries only that again"
     ) from error
-
-
-def load_data(config: Config, stage: StageConfig, processor, folder: Path):
-  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong.
-
-  Where the batching needs to know how long the samples are, that is kept in `folder` for when the run is continued.
-  """
-  import jax
-  from tqdm import tqdm
-
-  from mllm_jax.data import lengths
-  from mllm_jax.data.bad_samples import MINIMUM, BadSamples
-  from mllm_jax.data.pipeline import TrainingBatches
-  from mllm_jax.data.sources.mix import open_data
-
-  records = open_data(stage.data, config.seed)
-  check_records(stage, records)
-  table = None
-  if stage.data.batching != "fixed":
-    with tqdm(
-      total=len(records), desc="lengths", unit="sample", disable=jax.process_index() > 0, dynamic_ncols=True
-    ) as bar:
-      table = lengths.measured(
-        folder / "lengths.npz", records, processor, bar.update, stage.data.on_bad_sample, config.seed
-      )
-      bar.update(len(records) - bar.n)
-  return TrainingBatches(
-    records,
-    processor,
-    batch_size=stage.batch_size,
-    accumulation=stage.accumulation,
-    epochs=stage.epochs,
-    steps=stage.steps,
-    seed=config.seed,
-    batching=stage.data.batching,
-    buckets=stage.data.buckets,
-    row_length=stage.data.row_length,
-    lengths=table,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    threads=config.loader_threads,
-    workers=config.loader_workers,
-    on_bad_sample=stage.data.on_bad_sample,
-    bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
-  )
-
-
-def check_records(stage: StageConfig, records) -> None:
-  """Looks at every record, images not decoded. Raises DataError where the stage does not put up with what is found."""
-  from mllm_jax.data.bad_samples import check_share
-  from mllm_jax.data.records import check
-
-  problems = check(records, max_images=stage.data.max_images, processes=os.cpu_count() or 1)
-  if not problems:
-    return
-  bad = len({sample for sample, _ in problems})
-  more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-  lines = "\n  " + "\n  ".join(line for _, line in problems[:10]) + more
-  if stage.data.on_bad_sample == "error":
-    raise DataError(f"{bad} of {len(records)} samples cannot be used:{lines}")
-  check_share(bad, len(records), stage.data.max_bad_share)
-  done = {"skip": "are skipped", "replace": "are replaced by others"}[stage.data.on_bad_sample]
-  say(f"{bad} of {len(records):,} samples cannot be used and {done}:{lines}")
 
 
 def evaluate(run, model, processor, step: int) -> None:

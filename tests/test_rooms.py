@@ -23,6 +23,7 @@ ALLOWED = {
   "run_control": {"config", "data", "places", "training"},
   "distributed": {"config", "run_control"},
   "stage_loop": {"config", "continuation", "data", "distributed", "run_control", "training", "weights"},
+  "stage_data": {"config", "data", "run_control"},
   "train_vdim": {
     "build",
     "config",
@@ -66,6 +67,7 @@ ALLOWED = {
     "report",
     "run_control",
     "sharding",
+    "stage_data",
     "stage_loop",
     "train_vdim",
     "training",
