@@ -21,7 +21,6 @@ from mllm_jax import distributed, preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
 from mllm_jax.continuation import pretrained_projector, recipe_identity
-from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
 from mllm_jax.run_control import Stop, Stopped, message_of, say, status_of, write_json
 
