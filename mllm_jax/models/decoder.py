@@ -185,6 +185,10 @@ class Decoder(nnx.Module):
     """The matrix [D, V] from hidden states to logits, as stored."""
     return self.embedding[...].T if self.head is None else self.head[...]
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """Hidden states [..., D] -> float32 logits [..., V]; the product is accumulated in float32."""
-    return jnp.matmul(hidden, self.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+  def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+    """Hidden states [..., D] -> float32 logits [..., V]; the product is accumulated in float32.
+
+    kernel: `head_kernel()`, where the caller has put it somewhere else.
+    """
+    kernel = self.head_kernel() if kernel is None else kernel
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
