@@ -20,7 +20,7 @@ from pathlib import Path
 from mllm_jax import distributed, preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
-from mllm_jax.continuation import pretrained_projector, recipe_identity
+from mllm_jax.continuation import model_identity, pretrained_projector, recipe_identity
 from mllm_jax.places import PlaceError
 from mllm_jax.run_control import Stop, Stopped, message_of, say, status_of, write_json
 
@@ -118,7 +118,7 @@ def train_stage(run) -> None:
   stage: StageConfig = run.stage
 
   # ---- data ----------------------------------------------------------------------------------------------------------
-  model_config = build.architecture(config.model, stage.lora)
+  model_config = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
   tokenizer = build.tokenizer_folder(config.model.llm)
   processor = build.make_processor(model_config, tokenizer, stage.data)
   for turn in data_turns(stage):
@@ -135,7 +135,7 @@ def train_stage(run) -> None:
     "seed": config.seed,
     "samples": batches.samples,
     "steps": batches.steps,
-    "model": to_dict(model_config),
+    "model": model_identity(model_config),
     "recipe": recipe_identity(stage),
     "fingerprints": build.fingerprints(config.model),
   }

@@ -10,13 +10,22 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig
+from mllm_jax.models import attention as attention_lib
 from mllm_jax.models import lora as lora_lib
-from mllm_jax.models.attention import attention
 from mllm_jax.models.layers import Linear, RMSNorm, normal, stack
 
+# Of the products' results those whose recomputation would cost most for their size: left to be made again are the
+# products of o_proj and up_proj, 31 % of a layer's (of Vicuna's shape).
+SAVED_NAMES = ("queries", "keys", "values", attention_lib.SAVED_NAME, "gate")
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "named": jax.checkpoint_policies.save_only_these_names("queries", "keys", "values", "attended", "gate", "up"),
+  "named": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=list(SAVED_NAMES),
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
   "none": None,
 }
 
@@ -52,13 +61,13 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
 class DecoderLayer(nnx.Module):
   """One pre-norm layer: grouped-query attention with rotary positions, then a SwiGLU MLP."""
 
-  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, int8: bool, rngs: nnx.Rngs):
     self.head_width = config.head_width
     query_width, key_width = config.heads * config.head_width, config.kv_heads * config.head_width
 
     def linear(name, in_width, out_width, bias=False):
       adapter = lora_lib.make(name, in_width, out_width, lora, rngs)
-      return Linear(in_width, out_width, bias=bias, rngs=rngs, lora=adapter)
+      return Linear(in_width, out_width, bias=bias, rngs=rngs, lora=adapter, int8=int8)
 
     self.input_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
     self.q_proj = linear("q_proj", config.width, query_width, config.attention_bias)
@@ -70,8 +79,9 @@ class DecoderLayer(nnx.Module):
     self.up_proj = linear("up_proj", config.width, config.mlp_width)
     self.down_proj = linear("down_proj", config.mlp_width, config.width)
 
-  def __call__(self, x, rotary, mask, cache=None, slots=None, dropout_key=None):
-    """x [B, S, D]; mask bool [B, 1, S, T]; cache: this layer's (keys, values), [B, T, G, N] each, or None.
+  def __call__(self, x, rotary, attend, cache=None, slots=None, dropout_key=None):
+    """x [B, S, D]; attend: the attention (queries, keys, values) -> [B, S, H, N]; cache: this layer's (keys, values),
+    [B, T, G, N] each, or None.
 
     Returns (x, cache). With a cache the new keys and values are written to its `slots` [B, S] and attended to.
     """
@@ -84,18 +94,32 @@ class DecoderLayer(nnx.Module):
     if cache is not None:
       rows = jnp.arange(x.shape[0])[:, None]
       k, v = cache = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
-    attended = attention(q, k, v, mask)
-    attended = checkpoint_name(attended.reshape(*x.shape[:2], -1), "attended")
+    attended = attend(q, k, v).reshape(*x.shape[:2], -1)
     x = x + self.o_proj(attended, keys[3])
     h = self.post_attention_norm(x)
-    gate, up = checkpoint_name(self.gate_proj(h, keys[4]), "gate"), checkpoint_name(self.up_proj(h, keys[5]), "up")
-    return x + self.down_proj(jax.nn.silu(gate) * up, keys[6]), cache
+    gate = checkpoint_name(self.gate_proj(h, keys[4]), "gate")
+    return x + self.down_proj(jax.nn.silu(gate) * self.up_proj(h, keys[5]), keys[6]), cache
 
 
 class Decoder(nnx.Module):
-  """Embedding table, stacked layers, final norm, and the head that gives logits."""
+  """Embedding table, stacked layers, final norm, and the head that gives logits.
 
-  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype: str, remat: str, rngs: nnx.Rngs):
+  remat, attention, packed: as in `ModelConfig`; int8: its int8_decoder.
+  """
+
+  def __init__(
+    self,
+    config: DecoderConfig,
+    lora: LoraConfig,
+    *,
+    dtype: str,
+    remat: str,
+    attention: str = "auto",
+    packed: bool = True,
+    int8: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    attention_lib.check(attention)
     if remat not in REMAT_POLICIES:
       raise ConfigError(f"model.remat={remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
     if config.heads % config.kv_heads:
@@ -103,8 +127,10 @@ class Decoder(nnx.Module):
     self.config = config
     self.dtype = jnp.dtype(dtype)
     self.remat = remat
+    self.attention = attention
+    self.packed = packed
     self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.width)))
-    self.layers = stack(lambda rngs: DecoderLayer(config, lora, rngs=rngs), config.layers, rngs)
+    self.layers = stack(lambda rngs: DecoderLayer(config, lora, int8=int8, rngs=rngs), config.layers, rngs)
     self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
     self.head = (
       None if config.tied_embeddings else nnx.Param(normal(0.02)(rngs.params(), (config.width, config.vocab_size)))
@@ -122,14 +148,15 @@ class Decoder(nnx.Module):
 
     embeddings [B, S, D], positions and segment_ids int [B, S]. With a key the adapters' dropout is active.
     """
-    places = jnp.arange(positions.shape[1])
-    mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (places[:, None] >= places[None, :])
     rotary = rotary_angles(positions, self.config)
+    attend = lambda q, k, v: attention_lib.causal(
+      q, k, v, segment_ids, implementation=self.attention, packed=self.packed
+    )
 
     def layer(carry, module):
       x, index = carry
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-      x, _ = module(x, rotary, mask[:, None], dropout_key=key)
+      x, _ = module(x, rotary, attend, dropout_key=key)
       return (x, index + 1), None
 
     if self.remat != "none":
@@ -146,10 +173,11 @@ class Decoder(nnx.Module):
     slots = jnp.arange(cache.keys.shape[2])
     mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
     rotary = rotary_angles(positions, self.config)
+    attend = lambda q, k, v: attention_lib.attention(q, k, v, mask)
 
     def layer(x, xs):
       module, keys, values = xs
-      return module(x, rotary, mask, cache=(keys, values), slots=positions)
+      return module(x, rotary, attend, cache=(keys, values), slots=positions)
 
     x, (keys, values) = jax.lax.scan(layer, embeddings.astype(self.dtype), (self.layers, cache.keys, cache.values))
     return self.norm(x), KVCache(keys, values)
@@ -158,6 +186,10 @@ class Decoder(nnx.Module):
     """The matrix [D, V] from hidden states to logits, as stored."""
     return self.embedding[...].T if self.head is None else self.head[...]
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """Hidden states [..., D] -> float32 logits [..., V]; the product is accumulated in float32."""
-    return jnp.matmul(hidden, self.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+  def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+    """Hidden states [..., D] -> float32 logits [..., V]; the product is accumulated in float32.
+
+    kernel: `head_kernel()`, where the caller has put it somewhere else.
+    """
+    kernel = self.head_kernel() if kernel is None else kernel
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
