@@ -38,7 +38,7 @@ ALIASES = {"v5litepod": "v5e", "v6": "v6e"}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """`slices` slices of `shape` chips each. The chip of cpu-N is an N-th of this machine's memory, with no known rates."""
+  """`slices` slices of `shape` chips each. A chip of cpu-N has an N-th of this machine's memory and no known rates."""
 
   name: str
   chip: Chip
@@ -62,7 +62,9 @@ def parse(name: str, slices: int = 1) -> Topology:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(number)
     return Topology(name, Chip("cpu", ("cpu",), memory, 0.0, 0.0), (int(number),))
   shapes = PLANE if CORES_A_CHIP.get(kind) == 1 else BLOCK
-  sizes = {f"{kind}-{chips * CORES_A_CHIP[kind]}": shape for chips, shape in shapes.items()} if kind in CORES_A_CHIP else {}
+  sizes = (
+    {f"{kind}-{chips * CORES_A_CHIP[kind]}": shape for chips, shape in shapes.items()} if kind in CORES_A_CHIP else {}
+  )
   if f"{kind}-{number}" not in sizes:
     known = ", ".join(sizes) or "v4-32, v5e-16, v5p-64, v6e-16, ..., cpu-8"
     raise ConfigError(f"--topology={name} is unknown; known: {known}")
