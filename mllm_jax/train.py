@@ -81,7 +81,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
 def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop) -> None:
   """One stage from its last checkpoint, or its beginning, to its evaluation."""
-  from mllm_jax import build, parameters, train_vdim
+  from mllm_jax import build, flops, parameters, train_vdim
   from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
   from mllm_jax.training import optimizer as optimizer_lib
@@ -135,6 +135,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   if start is not None:
     state = checkpoints.restore(start, state)
   trained_rates = {path: rates[path] for path in trainable}
+  count_flops = flops.counter(model_config, shapes, rates)
   del flat, trainable, given
   make_step = step_lib.BucketedStep if stage.data.batching == "group" else step_lib.make_step
   train_step = make_step(
@@ -173,7 +174,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
       save=save,
       save_every=config.checkpoint_every,
       stopped=lambda: bool(stop.signal),
-      reporter=Reporter(config, name, stage, folder, log, start, batches.steps),
+      reporter=Reporter(config, name, stage, folder, log, start, batches.steps, count_flops),
     )
     save(state)
   except (DataError, NotFinite) as error:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import build, parameters
+from mllm_jax import build, flops, parameters
 from mllm_jax.config import Config, ConfigError, ModelConfig, ModelRecipe, VdimStage, VisionConfig, to_dict
 from mllm_jax.continuation import check_identity, recipe_identity
 from mllm_jax.data.bad_samples import MINIMUM, BadSamples
@@ -88,6 +88,7 @@ def train_vdim(config: Config, workdir: Path, mesh, log, stop: Stop) -> None:
   if start is not None:
     state = checkpoints.restore(start, state)
   del trainable
+  step_flops = flops.vdim_flops(vision, stage, shapes, identity["model"]["levels"]) / jax.process_count()
   shardings = step_lib.state_shardings(optimizer, state.trainable, mesh)
   train_step = vdim_step.make_step(graphdef, stage, config.seed, mesh, optimizer, shardings)
   start = start or 0
@@ -114,7 +115,7 @@ def train_vdim(config: Config, workdir: Path, mesh, log, stop: Stop) -> None:
       save=save,
       save_every=config.checkpoint_every,
       stopped=lambda: bool(stop.signal),
-      reporter=Reporter(config, NAME, stage, folder, log, start, batches.steps),
+      reporter=Reporter(config, NAME, stage, folder, log, start, batches.steps, lambda batch: step_flops),
     )
     save(state)
     checkpoints.wait()
