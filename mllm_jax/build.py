@@ -50,7 +50,7 @@ DEFAULT_LENGTH = DataConfig().max_length
 # ---- for the trainer -------------------------------------------------------------------------------------------------
 
 
-def architecture(recipe: ModelRecipe, lora: LoraConfig) -> ModelConfig:
+def architecture(recipe: ModelRecipe, lora: LoraConfig, packed: bool = True) -> ModelConfig:
   """The full configuration of a model: each tower's from its checkpoint, or, where that is not there yet but has the
   name of a published one, that one's. Raises WeightsError where neither is known."""
 
@@ -61,6 +61,8 @@ def architecture(recipe: ModelRecipe, lora: LoraConfig) -> ModelConfig:
     lora=lora,
     dtype=recipe.dtype,
     remat=recipe.remat,
+    attention=recipe.attention,
+    packed=packed,
   )
 
 

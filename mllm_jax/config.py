@@ -166,6 +166,9 @@ class ModelConfig:
   dtype: of the computation ("bfloat16", "float32"); norms, softmax, logits and losses are always float32.
   remat: what the decoder's backward pass recomputes: "none", "named" (keeps what attention and the MLP's products gave)
     or "full".
+  attention: how it is computed: "auto" (what suits the device), "splash" (TPU), "cudnn" (NVIDIA GPU, 16 bits, rows that
+    are not packed) or "xla" (anywhere).
+  packed: whether a row may hold several samples; without them some devices have a quicker attention.
   """
 
   vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
@@ -174,6 +177,8 @@ class ModelConfig:
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   dtype: str = "bfloat16"
   remat: str = "full"
+  attention: str = "auto"
+  packed: bool = True
 
 
 @recipe
@@ -194,6 +199,7 @@ class ModelRecipe:
   dtype: str = "bfloat16"
   frozen_dtype: str = "bfloat16"
   remat: str = "full"
+  attention: str = "auto"  # or "splash", "cudnn", "xla": see ModelConfig
 
 
 @recipe

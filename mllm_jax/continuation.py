@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from mllm_jax.config import Config, ConfigError, to_dict
+from mllm_jax.config import Config, ConfigError, ModelConfig, to_dict
 
 # jax and orbax are imported where they are used, so that a mistyped command is answered at once.
 
@@ -48,6 +48,11 @@ def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: 
     if path.startswith("projector/") and is_trained(path)
   }
   return checkpoints.restore_trainable(step, like)
+
+
+def model_identity(model: ModelConfig) -> dict:
+  """What of a model's configuration decides its result; not what only says how attention is computed."""
+  return {key: value for key, value in to_dict(model).items() if key not in ("attention", "packed")}
 
 
 def recipe_identity(stage) -> dict:

@@ -17,7 +17,7 @@ from pathlib import Path
 from mllm_jax import preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
-from mllm_jax.continuation import check_identity, pretrained_projector, recipe_identity
+from mllm_jax.continuation import check_identity, model_identity, pretrained_projector, recipe_identity
 from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
 from mllm_jax.run_control import Stop, Stopped, say, write_json
@@ -97,7 +97,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   say(f"\n== {name} ==")
 
   # ---- data ----------------------------------------------------------------------------------------------------------
-  model_config = build.architecture(config.model, stage.lora)
+  model_config = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
   tokenizer = build.tokenizer_folder(config.model.llm)
   processor = build.make_processor(model_config, tokenizer, stage.data)
   batches = load_data(config, stage, processor, folder)
@@ -111,7 +111,7 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
     "seed": config.seed,
     "samples": batches.samples,
     "steps": batches.steps,
-    "model": to_dict(model_config),
+    "model": model_identity(model_config),
     "recipe": recipe_identity(stage),
     "fingerprints": build.fingerprints(config.model),
   }

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig
+from mllm_jax.models import attention as attention_lib
 from mllm_jax.models import lora as lora_lib
-from mllm_jax.models.attention import attention
 from mllm_jax.models.layers import Linear, RMSNorm, normal, stack
 
 REMAT_POLICIES = {
@@ -70,8 +70,9 @@ class DecoderLayer(nnx.Module):
     self.up_proj = linear("up_proj", config.width, config.mlp_width)
     self.down_proj = linear("down_proj", config.mlp_width, config.width)
 
-  def __call__(self, x, rotary, mask, cache=None, slots=None, dropout_key=None):
-    """x [B, S, D]; mask bool [B, 1, S, T]; cache: this layer's (keys, values), [B, T, G, N] each, or None.
+  def __call__(self, x, rotary, attend, cache=None, slots=None, dropout_key=None):
+    """x [B, S, D]; attend: the attention (queries, keys, values) -> [B, S, H, N]; cache: this layer's (keys, values),
+    [B, T, G, N] each, or None.
 
     Returns (x, cache). With a cache the new keys and values are written to its `slots` [B, S] and attended to.
     """
@@ -84,8 +85,7 @@ class DecoderLayer(nnx.Module):
     if cache is not None:
       rows = jnp.arange(x.shape[0])[:, None]
       k, v = cache = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
-    attended = attention(q, k, v, mask)
-    attended = checkpoint_name(attended.reshape(*x.shape[:2], -1), "attended")
+    attended = checkpoint_name(attend(q, k, v).reshape(*x.shape[:2], -1), attention_lib.SAVED_NAME)
     x = x + self.o_proj(attended, keys[3])
     h = self.post_attention_norm(x)
     gate, up = checkpoint_name(self.gate_proj(h, keys[4]), "gate"), checkpoint_name(self.up_proj(h, keys[5]), "up")
@@ -93,9 +93,23 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Embedding table, stacked layers, final norm, and the head that gives logits."""
+  """Embedding table, stacked layers, final norm, and the head that gives logits.
 
-  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype: str, remat: str, rngs: nnx.Rngs):
+  remat, attention, packed: as in `ModelConfig`.
+  """
+
+  def __init__(
+    self,
+    config: DecoderConfig,
+    lora: LoraConfig,
+    *,
+    dtype: str,
+    remat: str,
+    attention: str = "auto",
+    packed: bool = True,
+    rngs: nnx.Rngs,
+  ):
+    attention_lib.check(attention)
     if remat not in REMAT_POLICIES:
       raise ConfigError(f"model.remat={remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
     if config.heads % config.kv_heads:
@@ -103,6 +117,8 @@ class Decoder(nnx.Module):
     self.config = config
     self.dtype = jnp.dtype(dtype)
     self.remat = remat
+    self.attention = attention
+    self.packed = packed
     self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.width)))
     self.layers = stack(lambda rngs: DecoderLayer(config, lora, rngs=rngs), config.layers, rngs)
     self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
@@ -122,14 +138,15 @@ class Decoder(nnx.Module):
 
     embeddings [B, S, D], positions and segment_ids int [B, S]. With a key the adapters' dropout is active.
     """
-    places = jnp.arange(positions.shape[1])
-    mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (places[:, None] >= places[None, :])
     rotary = rotary_angles(positions, self.config)
+    attend = lambda q, k, v: attention_lib.causal(
+      q, k, v, segment_ids, implementation=self.attention, packed=self.packed
+    )
 
     def layer(carry, module):
       x, index = carry
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-      x, _ = module(x, rotary, mask[:, None], dropout_key=key)
+      x, _ = module(x, rotary, attend, dropout_key=key)
       return (x, index + 1), None
 
     if self.remat != "none":
@@ -146,10 +163,11 @@ class Decoder(nnx.Module):
     slots = jnp.arange(cache.keys.shape[2])
     mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
     rotary = rotary_angles(positions, self.config)
+    attend = lambda q, k, v: attention_lib.attention(q, k, v, mask)
 
     def layer(x, xs):
       module, keys, values = xs
-      return module(x, rotary, mask, cache=(keys, values), slots=positions)
+      return module(x, rotary, attend, cache=(keys, values), slots=positions)
 
     x, (keys, values) = jax.lax.scan(layer, embeddings.astype(self.dtype), (self.layers, cache.keys, cache.values))
     return self.norm(x), KVCache(keys, values)

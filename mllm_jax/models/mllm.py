@@ -17,11 +17,10 @@ class Mllm(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
     any_aspect = config.projector.any_aspect
-    self.vision = VisionTower(
-      config.vision, any_aspect=any_aspect, dtype=config.dtype, remat=config.remat != "none", rngs=rngs
-    )
+    common = dict(dtype=config.dtype, attention=config.attention, rngs=rngs)
+    self.vision = VisionTower(config.vision, any_aspect=any_aspect, remat=config.remat != "none", **common)
     self.projector = projectors.make(config, rngs)
-    self.decoder = Decoder(config.decoder, config.lora, dtype=config.dtype, remat=config.remat, rngs=rngs)
+    self.decoder = Decoder(config.decoder, config.lora, remat=config.remat, packed=config.packed, **common)
 
   def visual_tokens(self, patches: jax.Array, grids: jax.Array) -> jax.Array:
     """uint8 patches of crops [B, K, P, 3 p p], their grids [B, K, 2] -> visual tokens [B, K*T, D]; all crops in one

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.config import ConfigError, VisionConfig
+from mllm_jax.models import attention as attention_lib
 from mllm_jax.models import flat
-from mllm_jax.models.attention import attention
 from mllm_jax.models.layers import LayerNorm, Linear, normal, stack
 
 ACTIVATIONS = {
@@ -32,11 +32,13 @@ class VisionLayer(nnx.Module):
     self.fc1 = Linear(config.width, config.mlp_width, bias=True, rngs=rngs)
     self.fc2 = Linear(config.mlp_width, config.width, bias=True, rngs=rngs)
 
-  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """x [N, P, C] -> [N, P, C]; mask bool [N, 1, 1, P]: which patches may be seen, None: all."""
+  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, attention: str = "auto") -> jax.Array:
+    """x [N, P, C] -> [N, P, C]; lengths int32 [N]: how many of the first patches may be seen, None: all; attention: as
+    in `ModelConfig`."""
     h = self.norm1(x)
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
-    attended = attention(split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h)), mask)
+    q, k, v = split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h))
+    attended = attention_lib.bidirectional(q, k, v, lengths, implementation=attention)
     x = x + self.out_proj(attended.reshape(x.shape))
     return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
 
@@ -52,10 +54,18 @@ class VisionTower(nnx.Module):
   that the tower was trained on.
 
   remat: the backward pass, where the tower is trained, computes each layer again instead of keeping what is inside it.
+  attention: as in `ModelConfig`.
   """
 
   def __init__(
-    self, config: VisionConfig, *, any_aspect: bool = False, dtype: str, remat: bool = False, rngs: nnx.Rngs
+    self,
+    config: VisionConfig,
+    *,
+    any_aspect: bool = False,
+    dtype: str,
+    remat: bool = False,
+    attention: str = "auto",
+    rngs: nnx.Rngs,
   ):
     if not 1 <= config.patch_size <= config.image_size:
       raise ConfigError(f"vision.image_size={config.image_size} has no room for a patch of {config.patch_size} pixels")
@@ -64,6 +74,7 @@ class VisionTower(nnx.Module):
     self.config = config
     self.any_aspect = any_aspect
     self.remat = remat
+    self.attention = attention
     self.dtype = jnp.dtype(dtype)
     embedding = normal(0.02)
     self.patch_embedding = Linear(config.patch_values, config.width, bias=config.patch_bias, rngs=rngs)
@@ -96,20 +107,19 @@ class VisionTower(nnx.Module):
       positions, valid = self._positions(grids.reshape(-1, 2), patches.shape[1])
       x = x + positions.astype(self.dtype)
       # An unused crop would see nothing at all without a class token.
-      seen = valid | (jnp.arange(x.shape[1]) == 0)
-      mask = seen[:, None, None]
+      lengths = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32), 1)
     else:
-      x, mask = x + self.position_embedding[...].astype(self.dtype), None
+      x, lengths = x + self.position_embedding[...].astype(self.dtype), None
     if self.pre_norm is not None:
       x = self.pre_norm(x)
-    run = lambda layer, x: layer(x, mask)
+    run = lambda layer, x: layer(x, lengths, self.attention)
     run = jax.checkpoint(run) if self.remat else run
     x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers)
     return x[:, before:].reshape(*axes, config.width)
 
   def _positions(self, grids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """The table of positions resized to each grid, float32 [N, places, C], and which places are an image's [N, places];
-    a class token's place is the first."""
+    """The table of positions resized to each grid, float32 [N, places, C], and which places are an image's [N, places],
+    the first ones; a class token's place is the very first."""
     table, side = self.position_embedding[...].astype(jnp.float32), self.config.grid
     before = int(self.config.class_token)
     row, column, valid = flat.coordinates(grids, length)
