@@ -20,6 +20,8 @@ NO_BYTES = (
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 # The operation follows the type: an array's, or a tuple's in parentheses.
 INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)")
+# Kernels of splash attention by a part of their name: how many products of the size queries x keys they compute.
+SPLASH_PRODUCTS = {"_fwd_": 2, "_dq_": 3, "_dkv_": 4}
 ON_CHIP = re.compile(r"S\([1-9]")  # memory spaces other than the large one
 
 
@@ -58,7 +60,7 @@ class Collective:
 @dataclasses.dataclass(frozen=True)
 class Cost:
   """Of one chip. flops: of matrix products. bytes: between the chip and its memory, fusions taken as one operation.
-  custom: kernels that the compiler has no formula for, {name: times}."""
+  custom: kernels whose products are not counted, {name: times}."""
 
   flops: float
   bytes: float
@@ -138,14 +140,12 @@ class _Program:
     total[kind, whole, count, crosses] += 1
 
   def add_custom(self, total: Counter, x: Instruction) -> None:
-    target = re.search(r'custom_call_target="([^"]+)"', x.rest)
-    if target is None or target[1] not in ("tpu_custom_call", "__cublas$gemm"):
-      return
-    estimate = re.search(r'"cost_estimate":\{[^{}]*?"flops":"?(\d+)', x.rest)
-    if estimate:
-      total["flops"] += float(estimate[1])
-    label = re.search(r'op_name="([^"]*)"', x.rest)
-    total[label[1].rsplit("/", 1)[-1] if label else target[1]] += 1
+    if 'custom_call_target="tpu_custom_call"' in x.rest:
+      products = [count for part, count in SPLASH_PRODUCTS.items() if x.name.startswith("splash_") and part in x.name]
+      if products:
+        total["flops"] += products[0] * splash_product_flops(x)
+      else:
+        total[re.sub(r"[.\d]+$", "", x.name)] += 1
 
   def trips(self, x: Instruction) -> int:
     """How often a loop's body runs: as the compiler says, or the number that the condition compares the counter to."""
@@ -226,7 +226,8 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
       closed = _close(body, opened)
       inner = body[opened + 1 : closed]
       op = body[end:opened].strip()
-      operands = (inner,) if op in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", inner))
+      names = r"%([\w.\-]+)" if "%" in inner else r"([\w.\-]+)"
+      operands = (inner,) if op in ("constant", "parameter") else tuple(re.findall(names, inner))
       current[found[2]] = Instruction(found[2], body[:end], op, operands, body[closed + 1 :])
   return computations, entry
 
@@ -265,9 +266,7 @@ def dot_flops(x: Instruction, operands: list[str]) -> float:
 def convolution_flops(x: Instruction, operands: list[str]) -> float:
   """Products with numbers that are there: padding and the holes of a dilated operand are none."""
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.rest)
-  window = (
-    dict(re.findall(r"(\w+)=([\dx_\-]+)", re.search(r"window=\{([^}]*)\}", x.rest)[1])) if "window={" in x.rest else {}
-  )
+  window = dict(re.findall(r"(\w+)=([\dx_\-]+)", "".join(re.findall(r"window=\{([^}]*)\}", x.rest))))
   left, out = dims(operands[0]), dims(x.type)
   spatial = sorted(int(c) for c in labels[1] if c.isdigit())
   numbers = lambda key, default: [n for n in window[key].split("x")] if key in window else [default] * len(spatial)
@@ -288,6 +287,21 @@ def convolution_flops(x: Instruction, operands: list[str]) -> float:
   batch, features = left[labels[1].index("b")], left[labels[1].index("f")]
   groups = attribute("feature_group_count") * attribute("batch_group_count")
   return total * batch * features * out[labels[3].index("f")] / groups
+
+
+def splash_product_flops(x: Instruction) -> float:
+  """One of the products of queries with keys in a splash attention kernel; blocks above the diagonal are left out.
+
+  Its operands begin with tables of the grid [heads, blocks of queries, blocks of keys], and queries [B, H, S, N] are
+  the first of four axes. Only a causal kernel is given the numbers of the queries' places, as its last operand [S, .].
+  """
+  shapes = [dims(found) for found in re.findall(r"\w+\[[\d,]*\]", x.rest.split("operand_layout_constraints=")[1])]
+  batch, heads, length, width = next(shape for shape in shapes if len(shape) == 4)
+  keys = [shape for shape in shapes if len(shape) == 4][1][2]
+  blocks = next(shape[1] for shape in shapes if len(shape) == 3)
+  flops = 2.0 * batch * heads * length * keys * width
+  count = sum(len(shape) == 2 for shape in shapes)
+  return flops * (blocks + 1) / (2 * blocks) if count else flops
 
 
 def group(rest: str) -> list[int]:
