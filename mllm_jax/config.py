@@ -164,8 +164,8 @@ class ModelConfig:
   """Everything that `models.mllm.Mllm` is built from.
 
   dtype: of the computation ("bfloat16", "float32"); norms, softmax, logits and losses are always float32.
-  remat: what the decoder's backward pass recomputes: "none", "named" (keeps what attention and the MLP's products gave)
-    or "full".
+  remat: what the decoder's backward pass recomputes: "none"; "named" (keeps most of the products' results); "offload"
+    (the same, kept in the host's memory); "full" (keeps each layer's input only).
   attention: how it is computed: "auto" (what suits the device), "splash" (TPU), "cudnn" (NVIDIA GPU, 16 bits, rows that
     are not packed) or "xla" (anywhere).
   packed: whether a row may hold several samples; without them some devices have a quicker attention.

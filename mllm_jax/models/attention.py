@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from mllm_jax.config import ConfigError
@@ -50,8 +51,10 @@ def causal(
   if chosen == "splash":
     return splash(queries, keys, values, segment_ids, segment_ids, is_causal=True)
   if chosen == "cudnn":
-    return cudnn(queries, keys, values, (segment_ids > 0).sum(axis=1, dtype=jnp.int32), is_causal=True)
-  return _causal_blocks(queries, keys, values, segment_ids)
+    attended = cudnn(queries, keys, values, (segment_ids > 0).sum(axis=1, dtype=jnp.int32), is_causal=True)
+  else:
+    attended = _causal_blocks(queries, keys, values, segment_ids)
+  return checkpoint_name(attended, SAVED_NAME)
 
 
 def bidirectional(

@@ -224,7 +224,7 @@ def test_remat_policies_give_the_same_gradients(decoder):
   ids, key = jax.random.randint(jax.random.key(1), (2, 12), 0, 320), jax.random.key(0)
   places, segments = jnp.tile(jnp.arange(12), (2, 1)), jnp.ones((2, 12), jnp.int32)
   gradients = {}
-  for remat in ("none", "named", "full"):
+  for remat in ("none", "named", "offload", "full"):
     # Dropout, since what is recomputed must drop the same places again.
     graphdef, weights, shapes = adapted(decoder, LoraConfig(rank=2, alpha=4.0, dropout=0.5), remat)
     adapters = {path: np.full(shape.shape, 0.05, np.float32) for path, shape in shapes.items()}
@@ -235,7 +235,7 @@ def test_remat_policies_give_the_same_gradients(decoder):
       return (hidden * jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
 
     gradients[remat] = released.jit(jax.grad(total))(adapters)
-  for remat in ("named", "full"):
+  for remat in ("named", "offload", "full"):
     for path, expected in gradients["none"].items():
       assert np.abs(expected).max() > 1e-3
       released.check_close(f"remat {remat} {path}", gradients[remat][path], np.asarray(expected), relative=2e-6)
