@@ -257,7 +257,7 @@ def finished(workdir: str) -> bool:
   run = folder.read(path).run
   for name in reversed(STAGES):
     checkpoints = Path(workdir) / name / "checkpoints"
-    step = Checkpoints(checkpoints).latest() if checkpoints.is_dir() else None
+    step = Checkpoints(checkpoints, alone=True).latest() if checkpoints.is_dir() else None
     if step is not None:
       return (run.get("stage"), run.get("step")) == (name, step)
   return True  # the checkpoints were removed to save space
@@ -265,16 +265,16 @@ def finished(workdir: str) -> bool:
 
 def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
   """The model of the last stage that has a checkpoint in a run's folder: the frozen halves where they were, and what
-  was trained, read into the host's memory.
+  was trained, of which an array at a time is read from the checkpoint. Of several processes, process 0 can have it.
 
   Raises ConfigError where there is no run or no checkpoint, WeightsError where the towers are not where they were.
   """
-  from mllm_jax.training.checkpoint import Checkpoints  # imports orbax, which takes a second
+  from mllm_jax.training.checkpoint import Checkpoints, Trained  # imports orbax, which takes a second
 
   config = read_config(workdir)
   for name in reversed(STAGES):
     checkpoints_folder = Path(workdir) / name / "checkpoints"
-    checkpoints = Checkpoints(checkpoints_folder) if checkpoints_folder.is_dir() else None
+    checkpoints = Checkpoints(checkpoints_folder, alone=True) if checkpoints_folder.is_dir() else None
     if checkpoints is None or checkpoints.latest() is None:
       continue
     step, stage = checkpoints.latest(), getattr(config, name)
@@ -282,10 +282,15 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
     model = architecture(config.model, stage.lora)
     shapes = parameters.flatten(abstract(model))[1]
     rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
-    trained = checkpoints.read_trainable(step, {path: shapes[path] for path in shapes if rates[path]})
+    trained = Trained(checkpoints, step)
+    wanted = {path: x.shape for path, x in shapes.items() if rates[path]}
+    found = {path: trained.shape(path) for path in trained.names()}
+    if found != wanted:
+      wrong = sorted(path for path in found | wanted if found.get(path) != wanted.get(path))
+      raise ConfigError(f"{checkpoints_folder}: in step {step} {', '.join(wrong[:6])} are of another model")
     checkpoints.close()
     parts = {"vision": model.vision, "decoder": model.decoder, "projector": model.projector}
-    tensors, sources = [InMemory(trained)], {}
+    tensors, sources = [trained], {}
     frozen_vdim = {path: x.shape for path, x in shapes.items() if path.startswith(vdim_file.PATH) and not rates[path]}
     if not vdim_file.in_run(workdir).is_file():
       frozen_vdim = {}  # it came with the projector
@@ -297,7 +302,7 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
       ("decoder", config.model.llm),
       ("projector", config.model.projector_weights),
     ):
-      held = trained.keys() | frozen_vdim.keys()
+      held = wanted.keys() | frozen_vdim.keys()
       paths = [key for key in shapes if key not in held and assemble.belongs(key) == part]
       if paths:
         found, stored = part_of(path, part)

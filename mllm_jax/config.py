@@ -299,11 +299,18 @@ class VdimStage:
 
 @recipe
 class MeshConfig:
-  """Devices along each axis; one of them may be -1: all that are left."""
+  """Devices along each axis of a slice; one of them may be -1: all that are left.
+
+  The dcn_ fields are slices along each axis, which is as many times as long then: slices are joined by a data centre's
+  network, over which the batch is best split and parameters are not gathered. On one slice they are 1.
+  """
 
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
+  dcn_data: int = -1
+  dcn_fsdp: int = 1
+  dcn_tensor: int = 1
 
 
 @recipe

@@ -1,9 +1,17 @@
 """What every stage of a run needs besides its own work: being stopped in order, speaking, small files."""
 
+import errno
 import json
 import os
 import signal
 from pathlib import Path
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.records import DataError
+from mllm_jax.places import PlaceError
+
+PUT_RIGHT_FIRST = (ConfigError, DataError, PlaceError)
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 class Stop:
@@ -22,11 +30,36 @@ class Stop:
 
 
 class Stopped(Exception):
-  """The run ends before it is done; `status` is the exit status."""
+  """The run ends before it is done, in all its processes alike; `status` is the exit status."""
 
   def __init__(self, status: int, message: str):
     super().__init__(message)
     self.status = status
+
+
+def status_of(error: Exception) -> int:
+  """The exit status for an error that a user can do something about; 0 for any other, which is a mistake of ours."""
+  if isinstance(error, Stopped):
+    return error.status
+  if isinstance(error, PUT_RIGHT_FIRST):
+    return 2
+  if isinstance(error, OSError):
+    return 1 if error.errno in NOT_WRITABLE else 0
+  if isinstance(error, RuntimeError):
+    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
+
+    return 1 if isinstance(error, CheckpointError) else 0
+  return 0
+
+
+def message_of(error: Exception) -> str:
+  """What to tell a user of such an error."""
+  if not isinstance(error, OSError) or isinstance(error, PUT_RIGHT_FIRST):
+    return str(error)
+  return (
+    f"{error.filename or ''}: {error.strerror}; what was saved before is still there. Make room, or use a --workdir "
+    "that can be written, and start the same command again"
+  )
 
 
 def say(*text) -> None:

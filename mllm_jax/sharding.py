@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,21 +52,47 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-  """The mesh of all devices. Raises ConfigError where the configured axes do not make up their number."""
+  """The mesh of all devices; over several slices, an axis' parts within a slice lie side by side in it.
+
+  Raises ConfigError where the configured axes do not make up the devices of a slice, or the slices.
+  """
   devices = jax.devices() if devices is None else devices
-  sizes = {axis: getattr(config, axis) for axis in AXES}
-  given = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  inner = _sizes(config, "", len(devices) // slices, "devices at hand" if slices == 1 else "devices of a slice")
+  outer = _sizes(config, "dcn_", slices, "slices")
+  # Auto: the compiler propagates shardings. (make_mesh's own default is Explicit, where every gather must name its
+  # output.)
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  if slices == 1:
+    return jax.make_mesh(inner, AXES, devices=devices, axis_types=types)
+  return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, axis_types=types)
+
+
+def _sizes(config: MeshConfig, prefix: str, count: int, what: str) -> tuple[int, ...]:
+  """The size of each axis, of which at most one is left open."""
+  sizes = {axis: getattr(config, prefix + axis) for axis in AXES}
+  given = ", ".join(f"mesh.{prefix}{axis}={size}" for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ConfigError(f"{given}: sizes must be 1 or more, and at most one of them -1")
-  if free and len(devices) % known == 0:
-    sizes[free[0]] = len(devices) // known
-  elif known != len(devices) or free:
-    raise ConfigError(f"{given} does not make up the {len(devices)} devices at hand; let one axis be -1")
-  # Auto: the compiler propagates shardings. (make_mesh's own default is Explicit, where every gather must name its
-  # output.)
-  return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  if free and count % known == 0:
+    sizes[free[0]] = count // known
+  elif known != count or free:
+    raise ConfigError(f"{given} does not make up the {count} {what}; let one axis be -1")
+  return tuple(sizes.values())
+
+
+def check_rows(mesh: Mesh) -> None:
+  """Raises ConfigError where two processes would need the same rows of a batch: each reads rows of its own."""
+  tensor = mesh.shape["tensor"]
+  for group in mesh.devices.reshape(-1, tensor):
+    processes = sorted({device.process_index for device in group})
+    if len(processes) > 1:
+      raise ConfigError(
+        f"the {tensor} devices of an axis tensor belong to processes {processes}, and each reads rows of its own; "
+        "let mesh.tensor x mesh.dcn_tensor divide the devices of one process"
+      )
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

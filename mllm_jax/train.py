@@ -4,23 +4,29 @@ Everything that a run does stands here, in order. `--config=FILE:demo` is the sm
 `--config.a.b=value` overrides a field of the configuration (mllm_jax/config.py says what they mean). Started again with
 the same workdir, a run continues where it was. Exit status: 0 done, 1 stopped by a problem in the run, 2 something to
 put right first, 128 + n stopped by signal n.
+
+On several hosts the same command is started on each, with the workdir on a file system that they share: on Cloud TPU
+and under Slurm's srun they find each other, elsewhere by JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID. Only process 0 prints and writes what is not a checkpoint's; a signal to one of them stops all.
 """
 
 import dataclasses
-import errno
 import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
-from mllm_jax import preflight
+from mllm_jax import distributed, preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
-from mllm_jax.continuation import check_identity, model_identity, pretrained_projector, recipe_identity
+from mllm_jax.continuation import model_identity, pretrained_projector, recipe_identity
 from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
-from mllm_jax.run_control import Stop, Stopped, say, write_json
+from mllm_jax.run_control import Stop, Stopped, message_of, say, status_of, write_json
+
+EVALUATION = "evaluation.json"  # in the folder of a stage
 
 
 def run(config: Config, workdir: Path, recipe: str) -> None:
@@ -32,80 +38,97 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   if missing:
     raise ConfigError(preflight.explain_missing(missing, recipe))
 
+  distributed.start()
   import jax
 
   from mllm_jax import report, sharding
-  from mllm_jax.training.metrics import MetricsLog
+  from mllm_jax.stage_loop import StageRun
+  from mllm_jax.training.metrics import MetricsLog, NoLog
 
   started = time.time()
   stop = Stop()
 
   # ---- devices -------------------------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(config.mesh)
+  sharding.check_rows(mesh)
   for name in names:
     preflight.check_stage(name, getattr(config, name), sharding.batch_shards(mesh), jax.process_count())
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   kind = mesh.devices.flat[0].platform
-  say(f"{config.name}: {' then '.join(names)} on {mesh.size} {kind} device(s) ({shape}) in {workdir}")
+  processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  say(f"{config.name}: {' then '.join(names)} on {mesh.size} {kind} device(s){processes} ({shape}) in {workdir}")
 
   # ---- workdir and data ----------------------------------------------------------------------------------------------
-  workdir.mkdir(parents=True, exist_ok=True)
-  if config.demo:
-    from mllm_jax.demo.write import Sizes
-    from mllm_jax.demo.write import write as write_demo
+  with distributed.agreed("workdir"):
+    workdir.mkdir(parents=True, exist_ok=True)
+  distributed.check_shared(workdir)
+  with distributed.agreed("demo data"):
+    if config.demo and distributed.is_first():
+      from mllm_jax.demo.write import Sizes
+      from mllm_jax.demo.write import write as write_demo
 
-    say(f"writing the digits data set to {workdir / 'data'}")
-    write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
+      say(f"writing the digits data set to {workdir / 'data'}")
+      write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
 
   # ---- the stages ----------------------------------------------------------------------------------------------------
-  log = MetricsLog(workdir, wandb_project=config.wandb_project, name=config.name, config=to_dict(config))
+  log = NoLog()
+  with distributed.agreed("log"):
+    if distributed.is_first():
+      log = MetricsLog(workdir, wandb_project=config.wandb_project, name=config.name, config=to_dict(config))
   try:
     for name in names:
+      under_way = StageRun(config, name, workdir, mesh, log, stop)
+      say(f"\n== {name} ==")
       if name == "vdim":
         from mllm_jax.train_vdim import train_vdim
 
-        train_vdim(config, workdir, mesh, log, stop)
+        train_vdim(under_way)
       else:
-        train_stage(config, name, workdir, mesh, log, stop)
-      write_report(config, name, workdir)
+        train_stage(under_way)
+      with distributed.agreed("report"):
+        if distributed.is_first():
+          write_report(config, name, workdir)
+      stop.signal = distributed.largest(stop.signal)
       if stop.signal:
-        raise Stopped(128 + stop.signal, "stopped; the same command continues")
+        raise Stopped(128 + stop.signal, "stopped; the same command continues" if distributed.is_first() else "")
   finally:
     log.close()
 
   # ---- the finished model, which needs no other file -----------------------------------------------------------------
-  if config.save_model and names != ["vdim"]:
-    save_model(workdir)
-  say(summary(report.read_log(str(workdir / "metrics.jsonl")), workdir, time.time() - started))
+  with distributed.agreed("model"):
+    if config.save_model and names != ["vdim"] and distributed.is_first():
+      save_model(workdir)
+  if distributed.is_first():
+    say(summary(report.read_log(str(workdir / "metrics.jsonl")), workdir, time.time() - started))
 
 
-def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop) -> None:
-  """One stage from its last checkpoint, or its beginning, to its evaluation."""
+def train_stage(run) -> None:
+  """One stage, a `stage_loop.StageRun`, from its last checkpoint, or its beginning, to its evaluation."""
   from mllm_jax import build, flops, parameters, train_vdim
   from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
   from mllm_jax.training import optimizer as optimizer_lib
   from mllm_jax.training import step as step_lib
-  from mllm_jax.training.checkpoint import Checkpoints
-  from mllm_jax.training.loop import NotFinite, Reporter, run_steps
   from mllm_jax.weights.fingerprint import fingerprint
-  from mllm_jax.weights.folder import TOKENIZER, versions
+  from mllm_jax.weights.folder import TOKENIZER
   from mllm_jax.weights.io import open_weights
 
-  stage: StageConfig = getattr(config, name)
-  folder = workdir / name
-  say(f"\n== {name} ==")
+  config, name, mesh = run.config, run.name, run.mesh
+  stage: StageConfig = run.stage
 
   # ---- data ----------------------------------------------------------------------------------------------------------
   model_config = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
   tokenizer = build.tokenizer_folder(config.model.llm)
   processor = build.make_processor(model_config, tokenizer, stage.data)
-  batches = load_data(config, stage, processor, folder)
+  for turn in data_turns(stage):
+    with distributed.agreed(f"{name}, data"):
+      if distributed.is_first() in turn:
+        batches = load_data(config, stage, processor, run.folder)
 
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
-  vdim = train_vdim.settle_vdim(config, workdir, model_config, shapes, mesh)
+  vdim = train_vdim.settle_vdim(config, run.workdir, model_config, shapes, mesh)
   identity = {
     "stage": name,
     "seed": config.seed,
@@ -117,23 +140,23 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
   }
   if vdim is not None:
     identity["fingerprints"]["vdim"] = fingerprint(open_weights(vdim))
-  checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-  start = checkpoints.latest()
-  if start is not None:
-    check_identity(checkpoints.meta(start), identity, folder)
-  given = pretrained_projector(config, workdir, identity, shapes, mesh) if name == "finetune" and start is None else {}
+  start = run.open(identity)
+  given = {}
+  if name == "finetune" and start is None:
+    given = pretrained_projector(config, run.workdir, identity, shapes, mesh)
   if vdim is not None:
     given = train_vdim.placed_vdim(vdim, config.model, shapes, rates, mesh) | given
 
   # ---- parameters, optimizer, step -----------------------------------------------------------------------------------
-  flat = build.load_parameters(model_config, config.model, rates, config.seed, mesh, given)
+  with distributed.agreed(f"{name}, weights"):
+    flat = build.load_parameters(model_config, config.model, rates, config.seed, mesh, given)
   say(parameters.table(flat, rates))
   trainable = {path: value for path, value in flat.items() if rates[path]}
   frozen = {path: value for path, value in flat.items() if not rates[path]}
   optimizer = optimizer_lib.make(stage, trainable)
   state = step_lib.initial_state(optimizer, trainable, mesh)
   if start is not None:
-    state = checkpoints.restore(start, state)
+    state = run.checkpoints.restore(start, state)
   trained_rates = {path: rates[path] for path in trainable}
   count_flops = flops.counter(model_config, shapes, rates)
   del flat, trainable, given
@@ -148,61 +171,34 @@ def train_stage(config: Config, name: str, workdir: Path, mesh, log, stop: Stop)
     optimizer,
     step_lib.state_shardings(optimizer, state.trainable, mesh),
   )
-  start = start or 0
-  log.forget_after(name, start)
-  write_json(workdir / "config.json", to_dict(config))  # not before all checks: a mistyped command must not spoil a run
-  copy_tokenizer(tokenizer, workdir / TOKENIZER)
-  say(
-    f"{batches.samples:,} samples, {batches.steps:,} steps of {stage.batch_size}"
-    + (" packed rows" if stage.data.batching == "pack" else "")
-    + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
-    + (f", continuing after step {start:,}" if start else "")
-  )
 
   # ---- the loop ------------------------------------------------------------------------------------------------------
-  def save(state) -> None:
-    checkpoints.save(state, identity | {"config": to_dict(config), "versions": versions()})
-
-  try:
-    state = run_steps(
-      train_step,
-      state,
-      frozen,
-      batches.iterate(start),
-      steps=batches.steps,
-      mesh=mesh,
-      save=save,
-      save_every=config.checkpoint_every,
-      stopped=lambda: bool(stop.signal),
-      reporter=Reporter(config, name, stage, folder, log, start, batches.steps, count_flops),
-    )
-    save(state)
-  except (DataError, NotFinite) as error:
-    raise Stopped(1, str(error)) from error
-  finally:
-    checkpoints.wait()
-    checkpoints.close()
-  done = int(state.step)
-  if done < batches.steps:
-    raise Stopped(128 + stop.signal, f"{name}: saved after step {done} of {batches.steps}; the same command continues")
+  run.begin(batches, "samples", f"{stage.batch_size}" + (" packed rows" if stage.data.batching == "pack" else ""))
+  with distributed.agreed("tokenizer"):
+    if distributed.is_first():
+      copy_tokenizer(tokenizer, run.workdir / TOKENIZER)
+  state = run.train(train_step, state, frozen, batches, count_flops)
 
   # ---- evaluation ----------------------------------------------------------------------------------------------------
-  if config.evaluation.path and not (folder / "evaluation.json").is_file():
+  if config.evaluation.path and not distributed.first_says((run.folder / EVALUATION).is_file()):
     model = parameters.unflatten(graphdef, {**frozen, **state.trainable})
-    evaluate(config, name, model, processor, mesh, log, done, folder)
+    evaluate(run, model, processor, int(state.step))
+
+
+def data_turns(stage: StageConfig) -> list[tuple[bool, ...]]:
+  """Who looks at the data when, by whether a process is the first. What that measures and keeps, the others read."""
+  return [(True, False)] if stage.data.batching == "fixed" else [(True,), (False,)]
 
 
 def save_model(workdir: Path) -> None:
-  """Writes the trained model with its frozen halves and its tokenizer to WORKDIR/model, unless it is there already."""
-  import jax
+  """Writes the trained model with its frozen halves and its tokenizer to WORKDIR/model, unless it is there already.
 
+  One process does it, reading array by array from the checkpoint and from the frozen halves' files.
+  """
   from mllm_jax import build
   from mllm_jax.weights import folder
 
   target = workdir / build.FINISHED_MODEL
-  if jax.process_count() > 1:
-    say(f"several processes do not write {target}; make it with python -m mllm_jax.convert import --model={workdir}")
-    return
   if build.finished(str(workdir)):
     return
   try:
@@ -277,38 +273,45 @@ def check_records(stage: StageConfig, records) -> None:
   say(f"{bad} of {len(records):,} samples cannot be used and {done}:{lines}")
 
 
-def evaluate(config: Config, name: str, model, processor, mesh, log, step: int, folder: Path) -> None:
-  """Asks the held-out questions and keeps every answer."""
+def evaluate(run, model, processor, step: int) -> None:
+  """Asks the held-out questions and keeps every answer. All processes ask the same ones, each on its devices."""
   import copy
 
   from tqdm import tqdm
 
+  from mllm_jax import sharding
   from mllm_jax.data.records import Records
   from mllm_jax.inference.engine import Engine
   from mllm_jax.inference.evaluate import exact_match
 
+  config, shards = run.config.evaluation, sharding.batch_shards(run.mesh)
   asker = copy.copy(processor)
-  asker.template = config.finetune.data.template  # stage 1 has no questions of its own
-  records = Records.load(config.evaluation.path, config.evaluation.image_folder)
-  with tqdm(desc=f"{name}, held-out questions", unit="question", dynamic_ncols=True) as bar:
+  asker.template = run.config.finetune.data.template  # stage 1 has no questions of its own
+  with distributed.agreed("held-out questions"):
+    records = Records.load(config.path, config.image_folder)
+  with tqdm(
+    desc=f"{run.name}, held-out questions", unit="question", disable=not distributed.is_first(), dynamic_ncols=True
+  ) as bar:
 
     def progress(answered: int, total: int) -> None:
       bar.total = total
       bar.update(answered - bar.n)
 
     result = exact_match(
-      Engine(model, asker.end_id, mesh=mesh),
+      Engine(model, asker.end_id, mesh=run.mesh),
       asker,
       records,
-      batch_size=config.evaluation.batch_size,
-      max_new_tokens=config.evaluation.max_new_tokens,
-      blank=config.evaluation.blank,
+      batch_size=-(-config.batch_size // shards) * shards,
+      max_new_tokens=config.max_new_tokens,
+      blank=config.blank,
       progress=progress,
     )
-  log.write({"stage": name, "step": step, **result.metrics()})
-  write_json(folder / "evaluation.json", [dataclasses.asdict(prediction) for prediction in result.predictions])
+  with distributed.agreed("evaluation"):
+    if distributed.is_first():
+      run.log.write({"stage": run.name, "step": step, **result.metrics()})
+      write_json(run.folder / EVALUATION, [dataclasses.asdict(prediction) for prediction in result.predictions])
   say(
-    f"{name}: held-out exact match {result.overall.exact_match:.1%}"
+    f"{run.name}: held-out exact match {result.overall.exact_match:.1%}"
     + (f", with the pictures blanked {result.overall.blank:.1%}" if result.overall.blank is not None else "")
   )
 
@@ -340,7 +343,7 @@ def write_report(config: Config, name: str, workdir: Path) -> None:
   from mllm_jax import report
 
   rows = report.read_log(str(workdir / "metrics.jsonl"))
-  predictions = read_predictions(workdir / name / "evaluation.json")
+  predictions = read_predictions(workdir / name / EVALUATION)
   report.write(str(workdir / "report.html"), config=config, log=rows, predictions=predictions)
 
 
@@ -358,33 +361,18 @@ def main(argv: list[str]) -> int:
   if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv):
     print(help_text(__doc__))
     return 0
-  expected = (ConfigError, DataError, PlaceError)  # what a user can put right before the run
   try:
     run(*parse(argv))
-  except expected as error:
-    return fail(2, error)
-  except Stopped as error:
-    return fail(error.status, error)
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-      raise
-    return fail(
-      1,
-      f"{error.filename or ''}: {error.strerror}; what was saved before is still there. Make room, or use a --workdir "
-      "that can be written, and start the same command again",
-    )
-  except RuntimeError as error:
-    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
-
-    if not isinstance(error, CheckpointError):
-      raise
-    return fail(1, error)
+  except Exception as error:
+    status = status_of(error)
+    if status:
+      message = message_of(error)
+      print(f"error: {message}" if message else "", end="\n" if message else "", file=sys.stderr, flush=True)
+    else:
+      traceback.print_exc()
+    distributed.leave(error, status or 1)
+    return status or 1
   return 0
-
-
-def fail(status: int, error: Exception | str) -> int:
-  print(f"error: {error}", file=sys.stderr, flush=True)
-  return status
 
 
 if __name__ == "__main__":

@@ -9,23 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import build, flops, parameters
+from mllm_jax import build, distributed, flops, parameters
 from mllm_jax.config import Config, ConfigError, ModelConfig, ModelRecipe, VdimStage, VisionConfig, to_dict
-from mllm_jax.continuation import check_identity, recipe_identity
+from mllm_jax.continuation import recipe_identity
 from mllm_jax.data.bad_samples import MINIMUM, BadSamples
 from mllm_jax.data.image_batches import ImageBatches, centre_square, open_images
 from mllm_jax.data.images import load
 from mllm_jax.data.patches import patchify
 from mllm_jax.data.records import DataError
 from mllm_jax.preflight import stage_names
-from mllm_jax.run_control import Stop, Stopped, say, write_json
+from mllm_jax.run_control import say
+from mllm_jax.stage_loop import StageRun
 from mllm_jax.training import step as step_lib
 from mllm_jax.training import vdim_step
 from mllm_jax.training.checkpoint import Checkpoints
-from mllm_jax.training.loop import NotFinite, Reporter, run_steps
 from mllm_jax.weights import vdim, vdim_file
 from mllm_jax.weights.fingerprint import fingerprint
-from mllm_jax.weights.folder import versions
 from mllm_jax.weights.mapping import place
 from mllm_jax.weights.tensors import InMemory
 
@@ -34,14 +33,14 @@ COMPARED = 8  # pictures that the result is compared with bilinear interpolation
 LARGEST = 64  # patches along a side of an enlarged picture: the tower's attention is over all of them
 
 
-def train_vdim(config: Config, workdir: Path, mesh, log, stop: Stop) -> None:
+def train_vdim(run: StageRun) -> None:
   """The stage from its last checkpoint, or its beginning, to WORKDIR/vdim/vdim.safetensors."""
-  stage, folder = config.vdim, workdir / NAME
-  say(f"\n== {NAME} ==")
+  config, stage, mesh = run.config, run.stage, run.mesh
 
   # ---- data ----------------------------------------------------------------------------------------------------------
   vision = build.part_config(config.model.vision, "vision")
-  records = open_images(stage.data, config.seed)
+  with distributed.agreed("images"):
+    records = open_images(stage.data, config.seed)
   batches = ImageBatches(
     records,
     image_size=vision.image_size,
@@ -54,7 +53,7 @@ def train_vdim(config: Config, workdir: Path, mesh, log, stop: Stop) -> None:
     process_count=jax.process_count(),
     threads=config.loader_threads,
     on_bad_sample=stage.data.on_bad_sample,
-    bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
+    bad_samples=BadSamples(stage.data.max_bad_share, run.folder, minimum=min(MINIMUM, len(records))),
   )
 
   # ---- model, and from where it goes on ------------------------------------------------------------------------------
@@ -71,78 +70,45 @@ def train_vdim(config: Config, workdir: Path, mesh, log, stop: Stop) -> None:
     "recipe": recipe_identity(stage),
     "fingerprints": {"vision": build.fingerprint_of(config.model.vision, "vision")},
   }
-  checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-  start = checkpoints.latest()
-  if start is not None:
-    check_identity(checkpoints.meta(start), identity, folder)
+  start = run.open(identity)
 
   # ---- parameters, optimizer, step -----------------------------------------------------------------------------------
   trained_shapes = {path: x for path, x in shapes.items() if vdim_step.is_trained(path)}
   rates = {path: stage.learning_rate if path in trained_shapes else 0.0 for path in shapes}
-  frozen = build.load_vision(config.model, vision, mesh)
+  with distributed.agreed("the tower's weights"):
+    frozen = build.load_vision(config.model, vision, mesh)
   targets = build.placed({path: (x.shape, x.dtype) for path, x in trained_shapes.items()}, mesh)
   trainable = fresh(make, targets, config.seed)
   say(parameters.table({**frozen, **trainable}, rates))
   optimizer = vdim_step.make_optimizer(stage)
   state = step_lib.initial_state(optimizer, trainable, mesh)
   if start is not None:
-    state = checkpoints.restore(start, state)
+    state = run.checkpoints.restore(start, state)
   del trainable
   step_flops = flops.vdim_flops(vision, stage, shapes, identity["model"]["levels"]) / jax.process_count()
   shardings = step_lib.state_shardings(optimizer, state.trainable, mesh)
   train_step = vdim_step.make_step(graphdef, stage, config.seed, mesh, optimizer, shardings)
-  start = start or 0
-  log.forget_after(NAME, start)
-  write_json(workdir / "config.json", to_dict(config))  # not before all checks: a mistyped command must not spoil a run
-  say(
-    f"{batches.samples:,} images, {batches.steps:,} steps of {stage.batch_size}"
-    + (f" in {stage.accumulation} micro-batches" if stage.accumulation > 1 else "")
-    + (f", continuing after step {start:,}" if start else "")
-  )
 
-  # ---- the loop ------------------------------------------------------------------------------------------------------
-  def save(state) -> None:
-    checkpoints.save(state, identity | {"config": to_dict(config), "versions": versions()})
-
-  try:
-    state = run_steps(
-      train_step,
-      state,
-      frozen,
-      batches.iterate(start),
-      steps=batches.steps,
-      mesh=mesh,
-      save=save,
-      save_every=config.checkpoint_every,
-      stopped=lambda: bool(stop.signal),
-      reporter=Reporter(config, NAME, stage, folder, log, start, batches.steps, lambda batch: step_flops),
-    )
-    save(state)
-    checkpoints.wait()
-    done = int(state.step)
-    if done == batches.steps:
-      save_weights(config, workdir, checkpoints, done, trained_shapes, identity)
-  except (DataError, NotFinite) as error:
-    raise Stopped(1, str(error)) from error
-  finally:
-    checkpoints.wait()
-    checkpoints.close()
-  if done < batches.steps:
-    raise Stopped(128 + stop.signal, f"{NAME}: saved after step {done} of {batches.steps}; the same command continues")
-
-  # ---- what came of it -----------------------------------------------------------------------------------------------
-  if start < batches.steps and jax.process_count() == 1:
+  # ---- the loop, and what came of it ---------------------------------------------------------------------------------
+  run.begin(batches, "images", f"{stage.batch_size}")
+  state = run.train(train_step, state, frozen, batches, lambda batch: step_flops)
+  save_weights(run, int(state.step), identity)
+  if (start or 0) < batches.steps and jax.process_count() == 1:
     any_aspect = parameters.flatten(nnx.eval_shape(lambda: make(nnx.Rngs(0), any_aspect=True)))[0]
     both = {"untrained": fresh(make, targets, config.seed), "trained": state.trainable}
-    patches = some_patches(records, vision)
-    errors = compare(any_aspect, stage, patches, {name: {**frozen, **flat} for name, flat in both.items()})
-    log.write({"stage": NAME, "step": done, **errors})
-    for name in (name.removeprefix("error/trained_") for name in errors if name.startswith("error/trained_")):
-      say(
-        f"error at {name}, against the tower's features of pictures {name} as large: "
-        f"{errors[f'error/trained_{name}']:.3f}, untrained {errors[f'error/untrained_{name}']:.3f}, "
-        f"of bilinear upsampling {errors[f'error/bilinear_{name}']:.3f}"
-      )
+    report_errors(run, any_aspect, some_patches(records, vision), frozen, both, int(state.step))
+
+
+def report_errors(run: StageRun, graphdef, patches: np.ndarray, frozen: dict, both: dict[str, dict], step: int) -> None:
+  """Logs and says how far VDIM, untrained and trained, and bilinear upsampling are from the tower (see `compare`)."""
+  errors = compare(graphdef, run.stage, patches, {name: {**frozen, **flat} for name, flat in both.items()})
+  run.log.write({"stage": NAME, "step": step, **errors})
+  for name in (name.removeprefix("error/trained_") for name in errors if name.startswith("error/trained_")):
+    say(
+      f"error at {name}, against the tower's features of pictures {name} as large: "
+      f"{errors[f'error/trained_{name}']:.3f}, untrained {errors[f'error/untrained_{name}']:.3f}, "
+      f"of bilinear upsampling {errors[f'error/bilinear_{name}']:.3f}"
+    )
 
 
 def fresh(make, targets: dict[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, jax.Array]:
@@ -155,28 +121,22 @@ def fresh(make, targets: dict[str, jax.ShapeDtypeStruct], seed: int) -> dict[str
   return jax.jit(arrays, out_shardings={path: x.sharding for path, x in targets.items()})(jax.random.key(seed))
 
 
-def save_weights(config: Config, workdir: Path, checkpoints: Checkpoints, step: int, shapes, identity: dict) -> None:
+def save_weights(run: StageRun, step: int, identity: dict) -> None:
   """VDIM without the heads it was trained through, for the stages after this one and for other runs."""
-  path, model = vdim_file.in_run(workdir), identity["model"]
-  if jax.process_index() == 0:
-    found = checkpoints.read_trainable(step, shapes)
-    texts = {
-      "levels": str(model["levels"]),
-      "width": str(model["vision"]["width"]),
-      "tower": f"{os.path.basename(os.path.normpath(config.model.vision))} {identity['fingerprints']['vision']}",
-      "trained": f"{config.name}, step {step}",
-    }
-    vdim_file.write(path, {name: x for name, x in found.items() if name.startswith(vdim_file.PATH)}, texts)
-  wait_for_all()
+  path, model = vdim_file.in_run(run.workdir), identity["model"]
+  with distributed.agreed("VDIM's file"):
+    if distributed.is_first():
+      checkpoints = Checkpoints(run.folder / "checkpoints", alone=True)
+      wanted = [name for name in checkpoints.trainable(step) if name.startswith(vdim_file.PATH)]
+      texts = {
+        "levels": str(model["levels"]),
+        "width": str(model["vision"]["width"]),
+        "tower": f"{os.path.basename(os.path.normpath(run.config.model.vision))} {identity['fingerprints']['vision']}",
+        "trained": f"{run.config.name}, step {step}",
+      }
+      vdim_file.write(path, checkpoints.read_trainable(step, wanted), texts)
+      checkpoints.close()
   say(f"VDIM is in {path}")
-
-
-def wait_for_all() -> None:
-  """Returns when all processes are here."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices("vdim")
 
 
 # ---- for the stages after it -----------------------------------------------------------------------------------------
@@ -196,7 +156,7 @@ def settle_vdim(config: Config, workdir: Path, model: ModelConfig, shapes: Mappi
     return None
   path, given = vdim_file.in_run(workdir), config.model.vdim_weights
   source = fingerprint(vdim.find(given)) if given and NAME not in stage_names(config) else ""
-  if path.is_file():
+  if distributed.first_says(path.is_file()):
     if source and vdim_file.about(path).get("source") != source:
       raise ConfigError(
         f"{path} is another VDIM than model.vdim_weights={given}; set that back, or use another --workdir"
@@ -216,9 +176,9 @@ def settle_vdim(config: Config, workdir: Path, model: ModelConfig, shapes: Mappi
     )
     targets = build.placed({name: (x.shape, jnp.float32) for name, x in wanted.items()}, mesh)
     arrays = jax.tree.map(gathered, build.initialise(model, targets, config.seed))
-  if jax.process_index() == 0:
-    vdim_file.write(path, arrays, {"source": source, "levels": str(max(config.model.projector.levels))})
-  wait_for_all()
+  with distributed.agreed("VDIM's file"):
+    if distributed.is_first():
+      vdim_file.write(path, arrays, {"source": source, "levels": str(max(config.model.projector.levels))})
   return path
 
 

@@ -55,7 +55,7 @@ def make(config: Config, name: str, mesh: Mesh) -> AbstractStep:
 
 
 def _language(config: Config, name: str, stage: StageConfig, mesh: Mesh) -> AbstractStep:
-  model = build.architecture(config.model, stage.lora)
+  model = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
   graphdef, shapes = parameters.flatten(abstract(model))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
   flat = _placed(shapes, rates, config.model.frozen_dtype, mesh)

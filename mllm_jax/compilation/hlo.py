@@ -110,7 +110,7 @@ class _Program:
     elif kind in COLLECTIVES:
       self.add_collective(total, kind, x, name)
     elif x.op == "while":
-      trips = self.trips(x)
+      trips = self.trips(x, name)
       for key, value in (self.count(x.called("body")[0], False)).items():
         total[key] += value * trips
     elif x.op == "conditional":
@@ -130,13 +130,16 @@ class _Program:
     starts = any("AsyncCollectiveStart" in other.rest for other in self.computations[name].values())
     if "chain_id" in x.rest and not starts:
       return
-    members = group(x.rest)
-    shapes = [size for size, _ in sizes(x.type)]
-    if x.op.endswith("-start"):  # its type holds operands and results
-      shapes = shapes[len(shapes) // 2 :] if kind != "all-reduce" else shapes
-    count = len(members) or 1
+    shapes = [size for size, _ in sizes(x.type) if size > 4]  # numbers are the hardware's
+    if x.op.endswith("-start") and kind != "all-reduce":  # its type holds operands and results
+      shapes = shapes[len(shapes) // 2 :]
+    groups = [
+      [int(n) for n in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", x.rest.partition("_pairs=")[2])
+    ]
+    groups = groups or [group(x.rest)]
+    count = len(groups[0]) or 1
     whole = sum(shapes) * (count if kind == "reduce-scatter" else 1)
-    crosses = len({self.slices[i] for i in members if i < len(self.slices)}) > 1
+    crosses = any(len({self.slices[i] for i in members if i < len(self.slices)}) > 1 for members in groups)
     total[kind, whole, count, crosses] += 1
 
   def add_custom(self, total: Counter, x: Instruction) -> None:
@@ -147,18 +150,43 @@ class _Program:
       else:
         total[re.sub(r"[.\d]+$", "", x.name)] += 1
 
-  def trips(self, x: Instruction) -> int:
-    """How often a loop's body runs: as the compiler says, or the number that the condition compares the counter to."""
+  def trips(self, x: Instruction, name: str) -> int:
+    """How often a loop's body runs: as the compiler says, or from the counter's start, step and end."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', x.rest)
     if known:
       return int(known[1])
-    pending, found = x.called("condition")[:1], []
-    while pending:
-      for y in self.computations.get(pending.pop(), {}).values():
-        if y.op == "constant" and y.type.startswith("s32[]"):
-          found += [int(n) for n in y.operands if re.fullmatch(r"-?\d+", n)]
-        pending += y.called("calls")
-    return max(found, default=1)
+    condition, body = (self.computations[x.called(part)[0]] for part in ("condition", "body"))
+    compared = [y for y in condition.values() if y.op in ("compare", "fusion") and y.type.startswith("pred[]")]
+    counters = [condition[o] for y in compared for o in y.operands if condition[o].op == "get-tuple-element"]
+    if not counters:
+      return 1
+    place = int(re.search(r"index=(\d+)", counters[0].rest)[1])
+    constants = lambda inside: [
+      int(y.operands[0]) for y in inside.values() if y.op == "constant" and is_counter(y.type)
+    ]
+    inner = [constants(self.computations[c]) for y in compared for c in y.called("calls")]
+    end = max(constants(condition) + sum(inner, []), default=1)
+    root = list(body.values())[-1]
+    step = self.increment(body, root.operands[place]) if root.op == "tuple" else 1
+    initial = self.computations[name].get(x.operands[0])
+    start = self.constant(name, initial.operands[place]) if initial and initial.op == "tuple" else 0
+    return max(1, -(-(end - start) // max(step, 1)))
+
+  def increment(self, body: dict[str, Instruction], name: str) -> int:
+    """By how much one turn raises a counter: the constants on the way from it."""
+    y = body[name]
+    if y.op == "fusion":
+      inside = self.computations[y.called("calls")[0]]
+      return self.increment(inside, list(inside)[-1])
+    if y.op not in ("add", "copy"):
+      return int(y.operands[0]) if y.op == "constant" else 0
+    return sum(self.increment(body, operand) for operand in y.operands)
+
+  def constant(self, name: str, operand: str) -> int:
+    y = self.computations[name].get(operand)
+    while y is not None and y.op == "copy":
+      y = self.computations[name].get(y.operands[0])
+    return int(y.operands[0]) if y is not None and y.op == "constant" else 0
 
   def type(self, computation: str, name: str) -> str:
     found = self.computations[computation].get(name)
@@ -198,6 +226,10 @@ class _Program:
     if y.op == "dynamic-update-slice":
       return self.type_size(inside, y.operands[1]) if y.operands[1] in inside else 0.0
     return self.type_size(inside, y.name)
+
+
+def is_counter(text: str) -> bool:
+  return re.match(r"[su](32|64)\[\]", text) is not None
 
 
 def partial(user: Instruction, name: str) -> bool:
@@ -306,7 +338,7 @@ def splash_product_flops(x: Instruction) -> float:
 
 def group(rest: str) -> list[int]:
   """The members of a collective's first group, as numbers of partitions."""
-  found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest)
+  found = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
   if found:
     return [int(n) for n in found[1].split(",")]
   found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)

@@ -10,12 +10,15 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mllm_jax import chips, sharding
+from mllm_jax import chips, distributed, sharding
 from mllm_jax.batch import Batch
 from mllm_jax.config import Config, StageConfig
 from mllm_jax.data.records import DataError
+from mllm_jax.run_control import Stop
 from mllm_jax.training.metrics import MetricsLog
 from mllm_jax.training.step import TrainState
+
+FAILED = 1000  # above every signal's number
 
 
 class NotFinite(RuntimeError):
@@ -33,35 +36,62 @@ def run_steps(
   reporter: "Reporter",
   save: Callable[[TrainState], None],
   save_every: int,
-  stopped: Callable[[], bool],
+  stop: Stop,
 ) -> TrainState:
-  """Takes steps until `steps` are done or `stopped()`, and returns the state.
+  """Takes steps until `steps` are done or some process is told to stop, and returns the state; `stop` then has the
+  signal, in every process.
 
   While the device computes one step the next batch is made and handed over; a step's numbers are read after that. On a
-  bad sample, or when too many steps were not finite, what was reached is saved before DataError or NotFinite is raised.
+  bad sample, a disk without room for the log, or when too many steps were not finite, what was reached is saved before
+  the error is raised, as `distributed.share` does: all processes end after the same step.
   """
-  start = int(state.step)
+  done, problem = int(state.step), None
   in_flight = []
-  # Several CPU devices in one process can block each other for good when two steps are under way.
+  # Several CPU devices in one process can block each other for good when two programs are under way.
   depth = 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else 1
+  flags = distributed.Flags(mesh)
+
+  def fetch() -> tuple[list[str], Any, Callable[[], int]]:
+    """The next batch, and what the processes say: 0 to take it, a signal's number to stop, FAILED."""
+    nonlocal problem
+    ids, batch = [], None
+    try:
+      if problem is None:
+        ids, batch = next(batches, (ids, batch))
+    except DataError as error:
+      problem = error
+    return ids, batch, flags.ask(lambda: FAILED if problem else stop.signal, now=depth == 0)
+
+  def settle(count: int) -> None:
+    """Reports steps until `count` are in flight."""
+    nonlocal problem
+    while len(in_flight) > count:
+      try:
+        reporter.settle(*in_flight.pop(0))
+      except OSError as error:
+        problem = problem or error
+
   with jax.set_mesh(mesh), reporter:
     try:
-      for step, (ids, batch) in enumerate(batches, start=start + 1):
-        state, numbers = train_step(state, frozen, sharding.to_device(batch, mesh, leading=1))
-        in_flight.append((step, ids, numbers, reporter.flops(batch)))
-        while len(in_flight) > depth:
-          reporter.settle(*in_flight.pop(0))
-        if step % save_every == 0 and step < steps:
+      ids, batch, verdict = fetch()
+      while done < steps and not verdict():
+        placed, taken, work = sharding.to_device(batch, mesh, leading=1), ids, reporter.flops(batch)
+        ids, batch, verdict = fetch()  # before the step is handed over: see Flags
+        state, numbers = train_step(state, frozen, placed)
+        done += 1
+        in_flight.append((done, taken, numbers, work))
+        settle(depth)
+        if done % save_every == 0 and done < steps:
           save(state)
-        if stopped():
-          break
-      while in_flight:
-        reporter.settle(*in_flight.pop(0))
-    except (DataError, NotFinite) as error:
-      while in_flight and isinstance(error, DataError):
-        reporter.settle(*in_flight.pop(0))
+      settle(0)
+    except NotFinite:
       save(state)
       raise
+    said = flags.ask(lambda: FAILED if problem else stop.signal)()
+    if said == FAILED:
+      save(state)
+      distributed.share(problem, status=1)
+    stop.signal = stop.signal or said
   return state
 
 
@@ -104,14 +134,15 @@ class Reporter:
     bad = values["skipped_in_row"]
     if bad:
       path = self.folder / "nonfinite.jsonl"
-      with open(path, "a", encoding="utf-8") as file:
-        file.write(
-          json.dumps({"step": step, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "ids": ids})
-          + "\n"
+      shares = distributed.gather(json.dumps(ids))  # in the order of their processes
+      ids = [name for share in shares for name in json.loads(share)]
+      if distributed.is_first():
+        row = {"step": step, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "ids": ids}
+        with open(path, "a", encoding="utf-8") as file:
+          file.write(json.dumps(row) + "\n")
+        self.bar.write(
+          f"step {step}: loss or gradient is not finite; the step is not applied, its samples are named in {path}"
         )
-      self.bar.write(
-        f"step {step}: loss or gradient is not finite; the step is not applied, its samples are named in {path}"
-      )
     if bad or step % self.config.log_every == 0 or step == self.steps:
       self._write(step, values | self.clock.rates())
     if bad >= self.config.max_nonfinite:

@@ -8,7 +8,20 @@ from typing import Any
 from mllm_jax.config import ConfigError
 
 
-class MetricsLog:
+class NoLog:
+  """What the processes of a run have that do not write its log."""
+
+  def write(self, row: dict[str, Any]) -> None:
+    pass
+
+  def forget_after(self, stage: str, step: int) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
+class MetricsLog(NoLog):
   """Flat rows of numbers, appended to `folder`/metrics.jsonl and to the TensorBoard files beside it."""
 
   def __init__(self, folder: Path, *, wandb_project: str = "", name: str = "", config: dict[str, Any] | None = None):

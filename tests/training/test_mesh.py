@@ -86,3 +86,73 @@ def test_a_dimension_that_its_axis_does_not_divide_stays_whole():
 def test_axes_that_do_not_make_up_the_devices(config):
   with pytest.raises(ConfigError, match=f"mesh.data={config.data}, mesh.fsdp={config.fsdp}"):
     sharding.make_mesh(config, jax.devices())
+
+
+# ---- several slices --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_slices(monkeypatch):
+  """Devices with even numbers are one slice, the others another."""
+  kind = type(jax.devices()[0])
+  monkeypatch.setattr(kind, "slice_index", property(lambda device: device.id % 2), raising=False)
+
+
+@pytest.mark.parametrize(
+  "config, sizes, within",
+  [
+    (MeshConfig(), (2, 4, 1), ("fsdp",)),  # replicas over the slices, parameters gathered within one
+    (MeshConfig(data=2, fsdp=1, tensor=-1), (4, 1, 2), ("tensor",)),
+    (MeshConfig(fsdp=2, tensor=2), (2, 2, 2), ("fsdp", "tensor")),
+    (MeshConfig(dcn_data=1, dcn_fsdp=2), (1, 8, 1), ()),
+    (MeshConfig(tensor=2, dcn_data=1, dcn_tensor=-1), (1, 2, 4), ("fsdp",)),
+  ],
+)
+def test_axes_over_slices(two_slices, config, sizes, within):
+  mesh = sharding.make_mesh(config)
+  assert tuple(mesh.shape.values()) == sizes
+  slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  for axis, name in enumerate(sharding.AXES):
+    crosses = (slices != np.take(slices, [0], axis)).any()
+    # A slice's part of an axis lies side by side.
+    assert not crosses or (np.diff(slices, axis=axis) != 0).any(axis=tuple({0, 1, 2} - {axis})).sum() == 1, name
+    assert not (crosses and name in within), name
+  assert sharding.batch_shards(mesh) == sizes[0] * sizes[1]
+
+
+def test_the_rows_of_a_batch_and_parameters_over_slices(two_slices):
+  mesh = sharding.make_mesh(MeshConfig(tensor=2))
+  rows = {0: set(), 1: set()}
+  for shard in sharding.to_device(make_batch(8), mesh).tokens.addressable_shards:
+    rows[shard.device.slice_index] |= set(range(8)[shard.index[0]])
+  assert rows == {0: {0, 1, 2, 3}, 1: {4, 5, 6, 7}}
+  # An axis has its size over all slices: 16 divides by 8, 4 only by a slice's share of it.
+  wide = sharding.make_mesh(MeshConfig(dcn_data=1, dcn_fsdp=2))
+  assert sharding.partition_spec("decoder/head", (16, 12), wide) == P("fsdp", "tensor")
+  assert sharding.partition_spec("decoder/head", (4, 12), wide) == P(None, "tensor")
+
+
+@pytest.mark.parametrize(
+  "config, words",
+  [
+    (MeshConfig(fsdp=8), "mesh.fsdp=8, mesh.tensor=1 does not make up the 4 devices of a slice"),
+    (MeshConfig(dcn_data=3), "mesh.dcn_data=3, mesh.dcn_fsdp=1, mesh.dcn_tensor=1 does not make up the 2 slices"),
+    (MeshConfig(dcn_fsdp=-1), "at most one of them -1"),
+  ],
+)
+def test_axes_that_do_not_make_up_the_slices(two_slices, config, words):
+  with pytest.raises(ConfigError, match=words):
+    sharding.make_mesh(config)
+
+
+def test_one_slice_has_no_axis_over_slices():
+  with pytest.raises(ConfigError, match="mesh.dcn_data=2, .* does not make up the 1 slices"):
+    sharding.make_mesh(MeshConfig(dcn_data=2))
+
+
+def test_an_axis_tensor_within_a_process(monkeypatch):
+  mesh = sharding.make_mesh(MeshConfig(tensor=4))
+  sharding.check_rows(mesh)
+  monkeypatch.setattr(type(jax.devices()[0]), "process_index", property(lambda device: device.id // 2))
+  with pytest.raises(ConfigError, match=r"the 4 devices of an axis tensor belong to processes \[0, 1\]"):
+    sharding.check_rows(mesh)
