@@ -51,7 +51,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         print(f"error: {name}: nothing fits {topology.name}; use more chips", file=sys.stderr)
         status = 1
         continue
-      print(f"fastest: {search.overrides(found, config)}\n")
+      print(f"fastest: {search.overrides(found)}\n")
     else:
       found = report_lib.compile_stage(config, name, topology, devices)
     print(report_lib.text(found) + "\n", flush=True)

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +14,7 @@ BYTES = {"pred": 1, "f64": 8, "s64": 8, "u64": 8, "c64": 8, "s4": 0.5, "u4": 0.5
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 NO_BYTES = (
   "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota partition-id replica-id "
-  "copy-done slice-done"
+  "copy-done slice-done send recv"
 ).split()
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 # The operation follows the type: an array's, or a tuple's in parentheses.
@@ -42,7 +41,7 @@ class Instruction:
 @dataclasses.dataclass(frozen=True)
 class Collective:
   """One collective of a program. bytes: what a chip holds of it, whole. group: how many chips take part. crosses:
-  whether they are of several slices. times: how often it runs."""
+  whether they are of several slices, a chip each. times: how often it runs."""
 
   kind: str
   bytes: float
@@ -68,15 +67,14 @@ class Cost:
   custom: dict[str, int]
 
 
-def read(text: str, slices: Sequence[int] = ()) -> Cost:
-  """The cost of a program. `slices` says of which slice each partition is; without it all are of one."""
-  return _Program(text, slices).cost()
+def read(text: str) -> Cost:
+  """The cost of a program, which is the same for all chips."""
+  return _Program(text).cost()
 
 
 class _Program:
-  def __init__(self, text: str, slices: Sequence[int]):
+  def __init__(self, text: str):
     self.computations, self.entry = parse(text)
-    self.slices = list(slices)
     self.done: dict[str, Counter] = {}
 
   def cost(self) -> Cost:
@@ -109,6 +107,8 @@ class _Program:
       total["flops"] += convolution_flops(x, types())
     elif kind in COLLECTIVES:
       self.add_collective(total, kind, x, name)
+    elif x.op == "send":
+      self.add_between_slices(total, x)
     elif x.op == "while":
       trips = self.trips(x, name)
       for key, value in (self.count(x.called("body")[0], False)).items():
@@ -133,14 +133,17 @@ class _Program:
     shapes = [size for size, _ in sizes(x.type) if size > 4]  # numbers are the hardware's
     if x.op.endswith("-start") and kind != "all-reduce":  # its type holds operands and results
       shapes = shapes[len(shapes) // 2 :]
-    groups = [
-      [int(n) for n in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", x.rest.partition("_pairs=")[2])
-    ]
-    groups = groups or [group(x.rest)]
-    count = len(groups[0]) or 1
-    whole = sum(shapes) * (count if kind == "reduce-scatter" else 1)
-    crosses = any(len({self.slices[i] for i in members if i < len(self.slices)}) > 1 for members in groups)
-    total[kind, whole, count, crosses] += 1
+    count = group_size(x.rest)
+    total[kind, sum(shapes) * (count if kind == "reduce-scatter" else 1), count, False] += 1
+
+  def add_between_slices(self, total: Counter, x: Instruction) -> None:
+    """Between slices a collective is handed to the hosts: this part of it is one chip's, of so many slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', x.rest)
+    if kind and target:
+      ranges = [[int(n) for n in part.split(":")] for part in target[1].split(",")]
+      count = sum(part[-1] - part[0] + 1 for part in ranges)
+      total[kind[1].lower().replace("_", "-"), sizes(x.type)[0][0], count, True] += 1
 
   def add_custom(self, total: Counter, x: Instruction) -> None:
     if 'custom_call_target="tpu_custom_call"' in x.rest:
@@ -336,21 +339,18 @@ def splash_product_flops(x: Instruction) -> float:
   return flops * (blocks + 1) / (2 * blocks) if count else flops
 
 
-def group(rest: str) -> list[int]:
-  """The members of a collective's first group, as numbers of partitions."""
+def group_size(rest: str) -> int:
+  """How many take part in a collective."""
+  if "source_target_pairs" in rest:
+    return 2
   found = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
   if found:
-    return [int(n) for n in found[1].split(",")]
-  found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    return found[1].count(",") + 1
+  found = re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)
   if found:
-    ids = np.arange(int(found[1]) * int(found[2])).reshape([int(n) for n in found[3].split(",")])
-    ids = ids.transpose([int(n) for n in found[4].split(",")]) if found[4] else ids
-    return ids.reshape(int(found[1]), int(found[2]))[0].tolist()
-  found = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^ ]*)? *\{([^}]*)\}", rest)
+    return int(found[1])
+  found = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
   if found:
-    axes = dict((name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1]))
-    chosen = re.findall(r"'(\w+)'", found[2])
-    ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
-    index = tuple(slice(None) if name in chosen else 0 for name in axes)
-    return ids[index].reshape(-1).tolist()
-  return []
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    return math.prod(axes[name] for name in re.findall(r"'(\w+)'", found[2]))
+  return 1

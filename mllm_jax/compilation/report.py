@@ -99,12 +99,11 @@ def compile_stage(config: Config, name: str, topology: topologies.Topology, devi
       stats.generated_code_size_in_bytes,
       topology.chip.memory,
     )
-    per_slice = topology.chips // topology.slices
-    slices = [getattr(device, "slice_index", i // per_slice) for i, device in enumerate(mesh.devices.flat)]
-    cost = hlo.read(compiled.as_text(), slices)
+    cost = hlo.read(compiled.as_text())
     line = roofline(cost, topology.chip, model_flops)
   settings = {
     "mesh": dict(mesh.shape),
+    "mesh_config": dataclasses.asdict(config.mesh),
     "batch_size": stage.batch_size,
     "accumulation": stage.accumulation,
     "remat": config.model.remat,
@@ -158,6 +157,10 @@ def gib(size: float) -> str:
   return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"
 
 
+def flop(count: float) -> str:
+  return f"{count / 1e12:,.2f} TFLOP" if count >= 1e11 else f"{count / 1e9:,.2f} GFLOP"
+
+
 def text(report: StageReport) -> str:
   """The report of a stage, a screen long."""
   topology, memory, settings = report.topology, report.memory, report.settings
@@ -176,21 +179,21 @@ def text(report: StageReport) -> str:
   if report.cost:
     cost, line = report.cost, report.roofline
     lines += [
-      f"  FLOPs        model {report.model_flops / 1e12:,.2f} T, executed {cost.flops / 1e12:,.2f} T a chip and step "
+      f"  work         model {flop(report.model_flops)}, executed {flop(cost.flops)} a chip and step "
       f"(x {cost.flops / report.model_flops:.3f})",
       f"  bytes        {gib(cost.bytes)} to and from memory; {cost.flops / max(cost.bytes, 1):,.0f} FLOPs a byte",
       f"  collectives  {gib(sum(c.sent * c.times for c in cost.collectives))} sent",
     ]
     for c in cost.collectives[:SHOWN]:
-      where = "between slices" if c.crosses else f"of {c.group}"
+      where = f"of {c.group} slices" if c.crosses else f"of {c.group}"
       lines.append(f"    {c.kind:19s} {gib(c.bytes):>12s} x {c.times:<6d} {where}: {gib(c.sent * c.times)} sent")
     if len(cost.collectives) > SHOWN:
       rest = sum(c.sent * c.times for c in cost.collectives[SHOWN:])
       lines.append(f"    and {len(cost.collectives) - SHOWN} smaller kinds and sizes: {gib(rest)} sent")
     if line.step:
       lines += [
-        f"  at best      {line.step:.3f} s a step, bound by {line.bound} (compute {line.compute:.3f}, memory "
-        f"{line.memory:.3f}, links {line.ici:.3f}" + (f", between slices {line.dcn:.3f}" if line.dcn else "") + ")",
+        f"  at best      {line.step:.3g} s a step, bound by {line.bound} (compute {line.compute:.3g}, memory "
+        f"{line.memory:.3g}, links {line.ici:.3g}" + (f", between slices {line.dcn:.3g}" if line.dcn else "") + ")",
         f"               {report.samples / line.step:,.1f} samples/s; MFU {line.mfu:.1%} at most",
       ]
   lines.append(

@@ -1,7 +1,6 @@
 """The fastest way to run a stage that fits: over micro-batches, what the backward pass recomputes, and the mesh."""
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 
 from mllm_jax.compilation import topologies
@@ -22,7 +21,8 @@ def meshes(chips: int) -> Iterator[MeshConfig]:
 
 def candidate(config: Config, name: str, mesh: MeshConfig, remat: str, micro_batches: int) -> Config:
   config = copy.deepcopy(config)
-  config.mesh, config.model.remat = mesh, remat
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh.data, mesh.fsdp, mesh.tensor
+  config.model.remat = remat
   getattr(config, name).accumulation = micro_batches
   return config
 
@@ -75,11 +75,15 @@ def row(report: StageReport) -> str:
   )
 
 
-def overrides(report: StageReport, chosen: Config) -> str:
+def overrides(report: StageReport) -> str:
   """The options that make a recipe so."""
-  mesh = report.settings["mesh"]
+  settings = report.settings
   return " ".join(
-    [f"--config.mesh.{axis}={mesh[axis]}" for axis in (field.name for field in dataclasses.fields(chosen.mesh))]
-    + [f"--config.model.remat={report.settings['remat']}"]
-    + [f"--config.{report.stage}.accumulation={report.settings['accumulation']}"]
+    [
+      f"--config.mesh.{field}={value}"
+      for field, value in settings["mesh_config"].items()
+      if not field.startswith("dcn")
+    ]
+    + [f"--config.model.remat={settings['remat']}"]
+    + [f"--config.{report.stage}.accumulation={settings['accumulation']}"]
   )

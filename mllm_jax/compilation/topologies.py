@@ -33,6 +33,12 @@ BLOCK = {  # v4, v5p: a box
   512: (8, 8, 8),
   1024: (8, 8, 16),
 }
+LIBTPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
 ALIASES = {"v5litepod": "v5e", "v6": "v6e"}
 
 
@@ -90,8 +96,10 @@ def devices(topology: Topology) -> list:
     raise ConfigError(
       f"--topology={topology.name} needs TPU's compiler, which runs on any machine: pip install 'jax[tpu]'"
     ) from error
-  # Without this libtpu asks the metadata server of a TPU VM, which is not there, and waits.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # libtpu would ask the metadata server of a TPU VM, which is not there, complain about what it did not say, and keep
+  # other processes off a TPU that it does not use.
+  for name, value in LIBTPU.items():
+    os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
   options = {"num_slices": topology.slices} if topology.slices > 1 else {}

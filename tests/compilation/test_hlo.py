@@ -51,27 +51,27 @@ def test_collectives_of_a_sharded_product():
   (found,) = hlo.read(text).collectives
   assert (found.kind, found.bytes, found.group, found.crosses, found.times) == ("all-reduce", 4 * 16 * 24, 8, False, 1)
   assert found.sent == pytest.approx(2 * 7 / 8 * 4 * 16 * 24)
-  (over,) = hlo.read(text, slices=[0, 0, 0, 0, 1, 1, 1, 1]).collectives
-  assert over.crosses
 
 
 @pytest.mark.parametrize(
-  "text, members",
+  "text, size",
   [
-    ("replica_groups={{0,2},{1,3}}", [0, 2]),
-    ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
-    ("replica_groups=[1,8]<=[8]", list(range(8))),
-    ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'a'}", [0, 4]),
-    ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x=1", [0, 1, 2, 3]),
+    ("replica_groups={{0,2},{1,3}}", 2),
+    ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+    ("replica_groups=[1,8]<=[8]", 8),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'a'}", 2),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}, x={1}", 8),
+    ("source_target_pairs={{0,1},{1,2}}", 2),
   ],
 )
-def test_members_of_a_group(text, members):
-  assert hlo.group(text) == members
+def test_size_of_a_group(text, size):
+  assert hlo.group_size(text) == size
 
 
 # As the TPU compiler writes it: a loop whose count stands in its condition, a collective spread over three fusions of
-# which one starts it, arrays that lie on the chip, and an attention kernel.
-TPU = """HloModule step
+# which one starts it, arrays that lie on the chip, an attention kernel, and a sum over three slices.
+TPU = (
+  """HloModule step
 
 %start (p.1: bf16[8,128]) -> bf16[16,128] {
   %p.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
@@ -106,19 +106,28 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
   %zero = s32[]{:T(128)} constant(0)
   %start.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%zero, %a)
+  %s = (bf16[8,128]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%a, %zero), channel_id=2, is_host_transfer=true, MEGASCALE
   %w = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%start.1), condition=%condition, body=%body
   ROOT %r = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%w), index=1
 }
-""".replace("CHAINED", 'dimensions={0}, frontend_attributes={chain_id="3"}').replace(
-  "LAYOUTS",
-  'custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[1,2,2048,64]{3,2,1,0}, '
-  "bf16[1,2,2048,64]{3,2,1,0}, s32[2048,128]{1,0}}",
+""".replace(
+    "MEGASCALE", 'frontend_attributes={_xla_megascale_target="{1:3}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+  )
+  .replace("CHAINED", 'dimensions={0}, frontend_attributes={chain_id="3"}')
+  .replace(
+    "LAYOUTS",
+    'custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[1,2,2048,64]{3,2,1,0}, '
+    "bf16[1,2,2048,64]{3,2,1,0}, s32[2048,128]{1,0}}",
+  )
 )
 
 
 def test_a_program_of_the_tpu_compiler():
   cost = hlo.read(TPU)
-  assert cost.collectives == (hlo.Collective("all-gather", 16 * 128 * 2, 2, False, 32),)
+  assert cost.collectives == (
+    hlo.Collective("all-gather", 16 * 128 * 2, 2, False, 32),
+    hlo.Collective("all-reduce", 8 * 128 * 2, 3, True, 1),
+  )
   # Four blocks of 512 places: ten of sixteen are at or below the diagonal.
   assert cost.flops == 32 * 2 * 2 * 2 * 2048 * 2048 * 64 * 10 / 16
   assert cost.custom == {}
