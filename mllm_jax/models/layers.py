@@ -34,6 +34,8 @@ class Linear(nnx.Module):
 
   Weights may be stored in any float type; the product is taken in the type of x. `kernel` is [in, out], the transpose
   of what PyTorch stores.
+
+  int8: W is `kernel` in whole numbers times `scale` [out] in float32; it cannot be trained.
   """
 
   def __init__(
@@ -46,14 +48,19 @@ class Linear(nnx.Module):
     kernel_init: Callable = normal(0.02),
     bias_init: Callable = zeros,
     lora: Lora | None = None,
+    int8: bool = False,
   ):
-    self.kernel = nnx.Param(kernel_init(rngs.params(), (in_width, out_width)))
+    shape = (in_width, out_width)
+    self.kernel = nnx.Param(jnp.zeros(shape, jnp.int8) if int8 else kernel_init(rngs.params(), shape))
+    self.scale = nnx.Param(jnp.ones(out_width, jnp.float32)) if int8 else None
     self.bias = nnx.Param(bias_init(rngs.params(), (out_width,))) if bias else None
     self.lora = lora
 
   def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """x [..., in] -> [..., out]. With a key, the adapter's input is dropped out."""
     y = x @ self.kernel[...].astype(x.dtype)
+    if self.scale is not None:
+      y = (y * self.scale[...]).astype(x.dtype)
     if self.bias is not None:
       y = y + self.bias[...].astype(x.dtype)
     if self.lora is not None:

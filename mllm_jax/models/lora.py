@@ -40,13 +40,16 @@ def make(name: str, in_width: int, out_width: int, config: LoraConfig, rngs: nnx
 def merge(model: nnx.Module) -> nnx.Module:
   """A copy of `model` with every adapter folded into its kernel: W + A B * alpha / rank, added in float32.
 
-  The copy has no adapters and gives the same outputs, up to the rounding of the kernel's own type.
+  The copy has no adapters and gives the same outputs, up to the rounding of the kernel's own type; of kernels in int8
+  float32 ones are made.
   """
   merged = nnx.clone(model)
   for _, module in nnx.iter_modules(merged):
     adapter = getattr(module, "lora", None)
     if isinstance(adapter, Lora):
       kernel = module.kernel[...]
+      if module.scale is not None:
+        kernel, module.scale = kernel * module.scale[..., None, :], None
       update = jnp.matmul(adapter.a[...].astype(jnp.float32), adapter.b[...].astype(jnp.float32)) * adapter.scale
       module.kernel = nnx.Param((kernel.astype(jnp.float32) + update).astype(kernel.dtype))
       module.lora = None

@@ -20,7 +20,8 @@ class Mllm(nnx.Module):
     common = dict(dtype=config.dtype, attention=config.attention, rngs=rngs)
     self.vision = VisionTower(config.vision, any_aspect=any_aspect, remat=config.remat != "none", **common)
     self.projector = projectors.make(config, rngs)
-    self.decoder = Decoder(config.decoder, config.lora, remat=config.remat, packed=config.packed, **common)
+    own = dict(remat=config.remat, packed=config.packed, int8=config.int8_decoder)
+    self.decoder = Decoder(config.decoder, config.lora, **own, **common)
 
   def visual_tokens(self, patches: jax.Array, grids: jax.Array) -> jax.Array:
     """uint8 patches of crops [B, K, P, 3 p p], their grids [B, K, 2] -> visual tokens [B, K*T, D]; all crops in one

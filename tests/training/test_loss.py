@@ -58,6 +58,6 @@ def test_on_several_devices_each_sorts_its_own_rows(gradient, monkeypatch):
     found = compiled(*(jax.device_put(jnp.asarray(x), rows) for x in arrays))
   for one, other in zip(found, expected):
     np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
-  # Nothing of a row's size crosses between devices: what does are scalars.
+  # Nothing but scalars crosses between devices.
   program = compiled.as_text()
   assert "all-reduce" in program and not any(kind in program for kind in ("all-gather", "all-to-all", "permute("))
