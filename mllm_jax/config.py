@@ -228,8 +228,8 @@ class DataConfig:
       takes several micro-batches (accumulation) to save much.
     "pack": samples share rows of row_length places and max_images crops; batch_size counts rows.
   buckets: lengths that are compiled for "group", growing, the last max_length; () chooses eight that suit the data.
-  row_length: places of a row for "pack"; 0: max_length. Where samples fill a third or more of max_length, twice that
-    packs much better.
+  row_length: places of a row for "pack"; 0: twice max_length, because samples that fill a third of max_length or more
+    leave gaps in rows of max_length that no other fits. max_images should grow with it.
   """
 
   path: str = ""
@@ -404,7 +404,7 @@ def check_batching(data: DataConfig, where: str = "data") -> None:
   if data.row_length and (data.batching != "pack" or data.row_length < data.max_length):
     raise ConfigError(
       f"{where}.row_length={data.row_length} is for batching=pack, with max_length={data.max_length} or more; "
-      "0 takes max_length"
+      "0 takes twice max_length"
     )
 
 

@@ -122,7 +122,8 @@ def _missing_source(field: str, path: str, image_folder: str) -> list[Missing]:
   )
   folders = {"folder": os.path.dirname(path) or ".", "images": image_folder or "."}
   found = []
-  if not (places.exists(path) if path else False) and not glob.glob(path):
+  pattern = places.is_remote(path) and "*" in path  # what fits it is looked for where it is opened
+  if not pattern and not (places.exists(path) if path else False) and not glob.glob(path):
     found.append(Missing(f"{field}.path", path, commands[0].format(**folders)))
   if not places.is_dir(image_folder or "."):
     found.append(Missing(f"{field}.image_folder", image_folder, commands[1].format(**folders)))

@@ -65,7 +65,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   if slices == 1:
     return jax.make_mesh(inner, AXES, devices=devices, axis_types=types)
-  return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, axis_types=types)
+  # Split: an axis need not be as long as one of a slice's torus.
+  arranged = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+  return Mesh(arranged, AXES, axis_types=types)
 
 
 def _sizes(config: MeshConfig, prefix: str, count: int, what: str) -> tuple[int, ...]:
@@ -83,16 +85,25 @@ def _sizes(config: MeshConfig, prefix: str, count: int, what: str) -> tuple[int,
   return tuple(sizes.values())
 
 
-def check_rows(mesh: Mesh) -> None:
-  """Raises ConfigError where two processes would need the same rows of a batch: each reads rows of its own."""
-  tensor = mesh.shape["tensor"]
-  for group in mesh.devices.reshape(-1, tensor):
-    processes = sorted({device.process_index for device in group})
-    if len(processes) > 1:
-      raise ConfigError(
-        f"the {tensor} devices of an axis tensor belong to processes {processes}, and each reads rows of its own; "
-        "let mesh.tensor x mesh.dcn_tensor divide the devices of one process"
-      )
+def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
+  """(which, of how many) share of a batch's rows a process has to make. Processes that an axis tensor runs through have
+  the same share; where devices are joined as the hardware is, a share's rows need not lie side by side.
+
+  Raises ConfigError where two processes have some rows in common and others not.
+  """
+  groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  rows: dict[int, set[int]] = {}
+  for row, group in enumerate(groups):
+    for device in group:
+      rows.setdefault(device.process_index, set()).add(row)
+  shares = sorted({tuple(sorted(each)) for each in rows.values()})
+  if sum(map(len, shares)) != len(groups) or len({len(share) for share in shares}) != 1:
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    raise ConfigError(
+      f"on a mesh of {sizes} the processes share some rows of a batch and not others; let mesh.tensor x "
+      "mesh.dcn_tensor divide the devices of a process, or be a multiple of them"
+    )
+  return shares.index(tuple(sorted(rows[process]))), len(shares)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

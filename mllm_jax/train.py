@@ -12,7 +12,6 @@ JAX_PROCESS_ID. Only process 0 prints and writes what is not a checkpoint's; a s
 
 import dataclasses
 import json
-import os
 import sys
 import time
 import traceback
@@ -22,7 +21,6 @@ from mllm_jax import distributed, preflight
 from mllm_jax.command_line import help_text, parse
 from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
 from mllm_jax.continuation import model_identity, pretrained_projector, recipe_identity
-from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
 from mllm_jax.run_control import Stop, Stopped, message_of, say, status_of, write_json
 
@@ -50,9 +48,11 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
   # ---- devices -------------------------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_rows(mesh)
+  shares = sharding.row_share(mesh, jax.process_index())[1]
   for name in names:
-    preflight.check_stage(name, getattr(config, name), sharding.batch_shards(mesh), jax.process_count())
+    preflight.check_stage(name, getattr(config, name), sharding.batch_shards(mesh), shares)
+    if name != "vdim" and shares < jax.process_count():
+      raise ConfigError("an axis tensor that runs through several processes is not supported for this stage")
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   kind = mesh.devices.flat[0].platform
   processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -107,6 +107,7 @@ def train_stage(run) -> None:
   from mllm_jax import build, flops, parameters, train_vdim
   from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
+  from mllm_jax.stage_data import load_data
   from mllm_jax.training import optimizer as optimizer_lib
   from mllm_jax.training import step as step_lib
   from mllm_jax.weights.fingerprint import fingerprint
@@ -208,69 +209,6 @@ def save_model(workdir: Path) -> None:
     raise Stopped(
       1, f"trained and saved, but {target} cannot be written: {error}; the same command tries only that again"
     ) from error
-
-
-def load_data(config: Config, stage: StageConfig, processor, folder: Path):
-  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong.
-
-  Where the batching needs to know how long the samples are, that is kept in `folder` for when the run is continued.
-  """
-  import jax
-  from tqdm import tqdm
-
-  from mllm_jax.data import lengths
-  from mllm_jax.data.bad_samples import MINIMUM, BadSamples
-  from mllm_jax.data.pipeline import TrainingBatches
-  from mllm_jax.data.sources.mix import open_data
-
-  records = open_data(stage.data, config.seed)
-  check_records(stage, records)
-  table = None
-  if stage.data.batching != "fixed":
-    with tqdm(
-      total=len(records), desc="lengths", unit="sample", disable=jax.process_index() > 0, dynamic_ncols=True
-    ) as bar:
-      table = lengths.measured(
-        folder / "lengths.npz", records, processor, bar.update, stage.data.on_bad_sample, config.seed
-      )
-      bar.update(len(records) - bar.n)
-  return TrainingBatches(
-    records,
-    processor,
-    batch_size=stage.batch_size,
-    accumulation=stage.accumulation,
-    epochs=stage.epochs,
-    steps=stage.steps,
-    seed=config.seed,
-    batching=stage.data.batching,
-    buckets=stage.data.buckets,
-    row_length=stage.data.row_length,
-    lengths=table,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    threads=config.loader_threads,
-    workers=config.loader_workers,
-    on_bad_sample=stage.data.on_bad_sample,
-    bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
-  )
-
-
-def check_records(stage: StageConfig, records) -> None:
-  """Looks at every record, images not decoded. Raises DataError where the stage does not put up with what is found."""
-  from mllm_jax.data.bad_samples import check_share
-  from mllm_jax.data.records import check
-
-  problems = check(records, max_images=stage.data.max_images, processes=os.cpu_count() or 1)
-  if not problems:
-    return
-  bad = len({sample for sample, _ in problems})
-  more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-  lines = "\n  " + "\n  ".join(line for _, line in problems[:10]) + more
-  if stage.data.on_bad_sample == "error":
-    raise DataError(f"{bad} of {len(records)} samples cannot be used:{lines}")
-  check_share(bad, len(records), stage.data.max_bad_share)
-  done = {"skip": "are skipped", "replace": "are replaced by others"}[stage.data.on_bad_sample]
-  say(f"{bad} of {len(records):,} samples cannot be used and {done}:{lines}")
 
 
 def evaluate(run, model, processor, step: int) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import build, distributed, flops, parameters
+from mllm_jax import build, distributed, flops, parameters, sharding
 from mllm_jax.config import Config, ConfigError, ModelConfig, ModelRecipe, VdimStage, VisionConfig, to_dict
 from mllm_jax.continuation import recipe_identity
 from mllm_jax.data.bad_samples import MINIMUM, BadSamples
@@ -41,6 +41,7 @@ def train_vdim(run: StageRun) -> None:
   vision = build.part_config(config.model.vision, "vision")
   with distributed.agreed("images"):
     records = open_images(stage.data, config.seed)
+  share, shares = sharding.row_share(mesh, jax.process_index())
   batches = ImageBatches(
     records,
     image_size=vision.image_size,
@@ -49,8 +50,8 @@ def train_vdim(run: StageRun) -> None:
     accumulation=stage.accumulation,
     steps=stage.steps,
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=share,
+    process_count=shares,
     threads=config.loader_threads,
     on_bad_sample=stage.data.on_bad_sample,
     bad_samples=BadSamples(stage.data.max_bad_share, run.folder, minimum=min(MINIMUM, len(records))),

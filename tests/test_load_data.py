@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mllm_jax import preflight, train
+from mllm_jax import preflight, stage_data
 from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig
 from mllm_jax.data.records import DataError, Records
 
@@ -19,7 +19,7 @@ def stage_of(tmp_path, bad: int, count: int, **options) -> tuple[StageConfig, Re
 
 def test_bad_samples_are_listed_and_stop_the_run(tmp_path):
   with pytest.raises(DataError) as error:
-    train.check_records(*stage_of(tmp_path, 12, 100))
+    stage_data.check_records(*stage_of(tmp_path, 12, 100))
   lines = str(error.value).splitlines()
   assert lines[0] == "12 of 100 samples cannot be used:" and lines[-1] == "  and 2 more" and len(lines) == 12
   assert "train.json, sample 0 ('0'): has no answer" in lines[1]
@@ -27,11 +27,11 @@ def test_bad_samples_are_listed_and_stop_the_run(tmp_path):
 
 @pytest.mark.parametrize("policy,done", [("skip", "are skipped"), ("replace", "are replaced by others")])
 def test_a_policy_lets_a_share_of_them_pass(tmp_path, capsys, policy, done):
-  train.check_records(*stage_of(tmp_path, 1, 100, on_bad_sample=policy))
+  stage_data.check_records(*stage_of(tmp_path, 1, 100, on_bad_sample=policy))
   assert f"1 of 100 samples cannot be used and {done}:\n" in capsys.readouterr().out
   with pytest.raises(DataError, match=r"2 of 100 samples cannot be used \(2.0%\), and data.max_bad_share is 1.0%"):
-    train.check_records(*stage_of(tmp_path, 2, 100, on_bad_sample=policy))
-  train.check_records(*stage_of(tmp_path, 2, 100, on_bad_sample=policy, max_bad_share=0.02))
+    stage_data.check_records(*stage_of(tmp_path, 2, 100, on_bad_sample=policy))
+  stage_data.check_records(*stage_of(tmp_path, 2, 100, on_bad_sample=policy, max_bad_share=0.02))
 
 
 def test_many_records_are_shared_by_processes(tmp_path, monkeypatch):

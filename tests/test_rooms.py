@@ -39,6 +39,7 @@ ALLOWED = {
   "run_control": {"config", "data", "places", "training"},
   "distributed": {"config", "run_control"},
   "stage_loop": {"config", "continuation", "data", "distributed", "run_control", "training", "weights"},
+  "stage_data": {"config", "data", "run_control"},
   "train_vdim": {
     "build",
     "config",
@@ -49,6 +50,7 @@ ALLOWED = {
     "parameters",
     "preflight",
     "run_control",
+    "sharding",
     "stage_loop",
     "training",
     "weights",
@@ -83,6 +85,7 @@ ALLOWED = {
     "report",
     "run_control",
     "sharding",
+    "stage_data",
     "stage_loop",
     "train_vdim",
     "training",

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mllm_jax import build, parameters, preflight, sharding
 from mllm_jax.batch import Batch
-from mllm_jax.config import Config, ModelConfig, StageConfig, VdimStage, VisionConfig
+from mllm_jax.config import Config, ModelConfig, ModelRecipe, StageConfig, VdimStage, VisionConfig
 from mllm_jax.data.image_batches import ImageBatch
 from mllm_jax.models.mllm import abstract
 from mllm_jax.training import optimizer as optimizer_lib
@@ -58,7 +58,7 @@ def _language(config: Config, name: str, stage: StageConfig, mesh: Mesh) -> Abst
   model = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
   graphdef, shapes = parameters.flatten(abstract(model))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
-  flat = _placed(shapes, rates, config.model.frozen_dtype, mesh)
+  flat = _placed(shapes, config.model, rates, mesh)
   trainable = {path: x for path, x in flat.items() if rates[path]}
   optimizer = optimizer_lib.make(stage, trainable)
   shardings = step_lib.state_shardings(optimizer, trainable, mesh)
@@ -81,7 +81,7 @@ def _vdim(config: Config, mesh: Mesh) -> AbstractStep:
   make = lambda: vdim_step.make_model(vision, config.model.projector, stage, config.model.dtype, nnx.Rngs(0))
   graphdef, shapes = parameters.flatten(nnx.eval_shape(make))
   rates = {path: stage.learning_rate if vdim_step.is_trained(path) else 0.0 for path in shapes}
-  flat = _placed(shapes, rates, config.model.frozen_dtype, mesh)
+  flat = _placed(shapes, config.model, rates, mesh)
   trainable = {path: x for path, x in flat.items() if rates[path]}
   optimizer = vdim_step.make_optimizer(stage)
   shardings = step_lib.state_shardings(optimizer, trainable, mesh)
@@ -121,9 +121,9 @@ def image_batch(vision: VisionConfig, stage: VdimStage) -> ImageBatch:
   )
 
 
-def _placed(shapes: dict, rates: dict[str, float], frozen_dtype: str, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  dtype = lambda path: jnp.float32 if rates[path] else jnp.dtype(frozen_dtype)
-  return build.placed({path: (x.shape, dtype(path)) for path, x in shapes.items()}, mesh)
+def _placed(shapes: dict, recipe: ModelRecipe, rates: dict[str, float], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  dtypes = build.stored_dtypes(recipe, shapes, rates)
+  return build.placed({path: (x.shape, dtypes[path]) for path, x in shapes.items()}, mesh)
 
 
 def _state(optimizer, trainable: dict, shardings: step_lib.TrainState, mesh: Mesh) -> step_lib.TrainState:

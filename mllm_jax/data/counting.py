@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from mllm_jax.data.tokenizer import END, ChatTokenizer, Piece, cuts_of
 
-WORDS = re.compile("[ \u2581]+[^ \u2581]*|[^ \u2581]+")
-LONG = 64  # characters above which a word is not remembered
+HEAD, BEHIND = "\x01", "\x02"  # what a run of text is marked with: it begins a text, or follows a token of structure
 KEPT = 2**20  # words that are remembered
+BASE = 0x9E3779B97F4A7C15 | 0b101  # of the words' polynomial hashes, modulo 2^64: odd, else arbitrary
 
 
 class TokenCounter:
@@ -22,8 +24,8 @@ class TokenCounter:
   def __init__(self, tokenizer: ChatTokenizer):
     self._tokenizer = tokenizer
     self._by_words = independent_words(tokenizer.backend_json)
-    self._middle: dict[str, int] = {}  # tokens of a word behind others and a space, which is not written here
-    self._heads: dict[tuple[bool, str], int] = {}  # of one that begins a text, or follows a token of structure
+    self._known = _Table()
+    self._powers = self._inverse = np.zeros(0, np.uint64)
 
   def count(self, chunks: Iterable[Sequence[Piece]]) -> list[int]:
     """The number of each chunk's tokens. Raises DataError as `encode_chunk` does.
@@ -35,55 +37,85 @@ class TokenCounter:
     return self._of_words(prepared) if self._by_words else self._of_texts(list(prepared))
 
   def _of_words(self, chunks: Iterable[list[Piece]]) -> list[int]:
-    counts: list[int] = []
-    unknown: list[tuple[int, tuple[bool, str], list[str]]] = []  # (chunk, first word, further words)
+    runs: list[str] = []
+    firsts, structure = [0], []  # of each chunk: where its runs begin and end, tokens that are no text
     odd: list[tuple[int, list[Piece]]] = []
-    head, lookup = self._heads.__getitem__, self._middle.__getitem__
     for number, pieces in enumerate(chunks):
-      texts, behind, total = [], False, 0
+      parts, mark, tokens, plain = [], HEAD, 0, True
       for piece in [*pieces, END]:
         if piece.kind == "text":
-          texts.append(piece.text)
+          parts.append(piece.text)
           continue
-        if piece.kind == "cut":
-          odd.append((number, pieces))
-          break
         if piece.kind == "special":
           self._tokenizer.token_id(piece.text)
-        if texts:
-          first, *rest = _words("".join(texts))
-          try:
-            total += head((behind, first)) + sum(map(lookup, rest))
-          except KeyError:
-            unknown.append((number, (behind, first), rest))
-        texts, behind, total = [], True, total + 1
-      counts.append(total - 1)  # the END added here
-    once = self._learn({key for _, key, _ in unknown}, set().union(*(rest for _, _, rest in unknown)))
-    for number, key, rest in unknown:
-      counts[number] += head(key) + sum(map(lookup, rest))
-    for key in once:
-      del (self._middle if isinstance(key, str) else self._heads)[key]
+        if parts:
+          text = "".join(parts)
+          plain = plain and (text.isascii() or "\u2581" not in text) and HEAD not in text and BEHIND not in text
+          runs.append(mark + text)
+        parts, mark, tokens, plain = [], BEHIND, tokens + 1, plain and piece.kind != "cut"
+      tokens -= 1  # the END added here
+      if not plain:  # left to the library
+        odd.append((number, pieces))
+        del runs[firsts[-1] :]
+      firsts.append(len(runs))
+      structure.append(tokens)
+    total = np.concatenate([[0], np.cumsum(self._of_runs(runs))])
+    counts = (np.array(structure, np.int64) + np.diff(total[firsts])).tolist()
     for number, pieces in odd:
       counts[number] = self._of_texts([pieces])[0]
     return counts
 
-  def _learn(self, heads: set[tuple[bool, str]], words: set[str]) -> list[str | tuple[bool, str]]:
-    """Tokenizes words that are not known yet, each where it stands: first, behind a token, or behind a word.
+  def _of_runs(self, runs: Sequence[str]) -> np.ndarray:
+    """int [N]: the tokens of each run of text, its mark in front, by its words.
 
-    Returns those that are not worth remembering.
+    A word is the mark and what follows, or what stands behind a space; further spaces are a part of the word behind
+    them. It is known by a hash of 63 bits alone: of a million words two are taken for one another once in 10^7 times.
     """
-    if len(self._middle) > KEPT or len(self._heads) > KEPT:
-      self._middle.clear()
-      self._heads.clear()
-    heads, words = heads - self._heads.keys(), words - self._middle.keys()
-    keys = [*heads, *words]
-    pieces = [[END] * key[0] + [Piece("text", key[1])] for key in heads] + [
-      [Piece("text", "a " + word)] for word in words
-    ]
-    extra = [int(key[0]) for key in heads] + self._ids([[Piece("text", "a")]]) * len(words)
-    for key, count, more in zip(keys, self._ids(pieces), extra, strict=True):
-      (self._middle if isinstance(key, str) else self._heads)[key] = count - more
-    return [key for key in keys if len(key if isinstance(key, str) else key[1]) > LONG]
+    if not runs:
+      return np.zeros(0, np.int64)
+    text = np.frombuffer("".join(runs).encode(), np.uint8)
+    marks, spaces = text <= ord(BEHIND), text == ord(" ")
+    marks &= text >= ord(HEAD)
+    begins = spaces.copy()
+    begins[1:] &= ~(spaces | marks)[:-1]
+    starts = np.flatnonzero(begins | marks)
+    stops = np.append(starts[1:], len(text))
+    is_head = marks[starts]
+    starts = starts + ~is_head
+    hashes = self._hashes(text, starts, stops)
+    tokens = self._known.find(hashes)
+    new = np.flatnonzero(tokens < 0)
+    if len(new):
+      unique, places = np.unique(hashes[new], return_index=True)
+      words = [text[starts[i] : stops[i]].tobytes().decode() for i in new[places]]
+      self._known.add(unique, self._learn(words))
+      tokens[new] = self._known.find(hashes[new])
+    return np.add.reduceat(tokens, np.flatnonzero(is_head))
+
+  def _hashes(self, text: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """uint64 [N]: of each word, the sum of its bytes times powers of BASE, never 0."""
+    if len(self._powers) < len(text):
+      count = len(text) + len(text) // 4
+      inverse = pow(BASE, -1, 2**64)
+      self._powers, self._inverse = (np.cumprod(np.full(count, base, np.uint64)) for base in (BASE, inverse))
+    sums = np.zeros(len(text) + 1, np.uint64)
+    np.cumsum(text * self._powers[: len(text)], out=sums[1:])
+    first = np.minimum(starts, len(text) - 1)  # an empty word at the end
+    return (sums[stops] - sums[starts]) * self._inverse[first] | np.uint64(2**63)
+
+  def _learn(self, words: Sequence[str]) -> np.ndarray:
+    """int [N]: the tokens of words, each where it stands: marked, or behind a word and a space."""
+    (before,) = self._ids([[Piece("text", "a")]])
+    pieces, less = [], []
+    for word in words:
+      mark = word[:1]
+      if mark in (HEAD, BEHIND) and mark:
+        pieces.append([END] * (mark == BEHIND) + [Piece("text", word[1:])])
+        less.append(int(mark == BEHIND))
+      else:
+        pieces.append([Piece("text", "a " + word)])
+        less.append(before)
+    return np.array(self._ids(pieces), np.int64) - less
 
   def _ids(self, chunks: Sequence[Sequence[Piece]]) -> list[int]:
     """Ids of chunks without cuts, as they are."""
@@ -111,14 +143,48 @@ class TokenCounter:
     return counts
 
 
-def _words(text: str) -> list[str]:
-  """The words of a text: the first as it is, the others without the space that is before each; further spaces, and
-  SentencePiece's sign for one, are a part of the word behind them."""
-  found = text.split(" ")
-  if "" not in found and "\u2581" not in text:
-    return found
-  first, *rest = WORDS.findall(text)
-  return [first, *(word[1:] for word in rest)]
+class _Table:
+  """Small numbers by hashes that are not 0: what a dictionary gives, for many at a time."""
+
+  def __init__(self, size: int = 2**12):
+    self._keys, self._values = np.zeros(size, np.uint64), np.zeros(size, np.int64)
+    self._count = 0
+
+  def find(self, hashes: np.ndarray) -> np.ndarray:
+    """int [N]: the numbers; -1 where there is none."""
+    slots = self._home(hashes)
+    result = np.where(self._keys[slots] == hashes, self._values[slots], -1)
+    left = np.flatnonzero((self._keys[slots] != hashes) & (self._keys[slots] != 0))
+    while len(left):  # the place was taken by another
+      slots[left] = (slots[left] + 1) % len(self._keys)
+      keys = self._keys[slots[left]]
+      found = left[keys == hashes[left]]
+      result[found] = self._values[slots[found]]
+      left = left[(keys != hashes[left]) & (keys != 0)]
+    return result
+
+  def add(self, hashes: np.ndarray, values: np.ndarray) -> None:
+    """Adds hashes that are not there, each once. More than KEPT make it forget the others."""
+    count = self._count + len(hashes)
+    if count > KEPT or 3 * count > len(self._keys):  # too full: everything is put anew into another
+      if count <= KEPT:
+        there = self._keys != 0
+        hashes, values = np.append(self._keys[there], hashes), np.append(self._values[there], values)
+      count = len(hashes)
+      size = max(len(self._keys), 2 ** (6 * count).bit_length())
+      self._keys, self._values = np.zeros(size, np.uint64), np.zeros(size, np.int64)
+    self._count = count
+    slots = self._home(hashes)
+    while len(hashes):
+      free = self._keys[slots] == 0
+      self._keys[slots[free]] = hashes[free]  # of several for the same place the last one
+      placed = self._keys[slots] == hashes
+      self._values[slots[placed]] = values[placed]
+      hashes, values, slots = hashes[~placed], values[~placed], (slots[~placed] + 1) % len(self._keys)
+
+  def _home(self, hashes: np.ndarray) -> np.ndarray:
+    bits = len(self._keys).bit_length() - 1
+    return (hashes * np.uint64(BASE) >> np.uint64(64 - bits)).astype(np.int64)
 
 
 def _crosses(encoding, place: int) -> bool:

@@ -13,10 +13,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
 def locate(path: str) -> str | None:
   """Where an image is: the path itself, else the first sibling with another of EXTENSIONS; None if there is neither."""
-  for candidate in (path, *siblings(path)):
-    if _exists(candidate):
-      return candidate
-  return None
+  if _exists(path):
+    return path
+  return next(filter(_exists, siblings(path)), None)
 
 
 def siblings(path: str) -> list[str]:
@@ -28,7 +27,7 @@ def siblings(path: str) -> list[str]:
 
 
 def _exists(path: str) -> bool:
-  if not places.is_remote(path):
+  if "://" not in path or not places.is_remote(path):
     return os.path.isfile(path)
   # One listing for a folder instead of one request for each of its files.
   return places.base_name(path) in _listing(str(places.parent(path)))

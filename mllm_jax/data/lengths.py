@@ -19,7 +19,7 @@ from mllm_jax.data import chat, images
 from mllm_jax.data.bad_samples import make
 from mllm_jax.data.counting import TokenCounter
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.records import DataError, Records, Sample
+from mllm_jax.data.records import DataError, Records, Sample, check, check_part, sample_problems
 from mllm_jax.data.tokenizer import Piece
 from mllm_jax.data.workers import in_processes
 
@@ -62,6 +62,7 @@ def measure(
   progress: Callable[[int], None] = lambda done: None,
   policy: str = "error",
   seed: int = 0,
+  problems: list[tuple[int, str]] | None = None,
 ) -> LengthTable:
   """Measures every sample.
 
@@ -73,16 +74,21 @@ def measure(
     policy: what becomes of a sample that no row can be made of, as in `bad_samples`. One that is replaced has the
       lengths of the sample in its place.
     seed: chooses that one.
+    problems: is given what `records.check` finds, in the same pass, and what else no row can be made of; with "error"
+      such samples then count as nothing.
 
   Raises:
-    DataError: a sample that no row can be made of, where the policy is "error"; the message names it.
+    DataError: a sample that no row can be made of, where the policy is "error" and nobody asks for the problems; the
+      message names it.
   """
   if workers is None:
     workers = min(os.cpu_count() or 1, len(records) // SAMPLES_PER_WORKER)
-  task = _Measure(records, processor, policy, seed)
+  task = _Measure(records, processor, policy, seed, problems is not None)
   parts = []
-  for part in in_processes(task, _parts(len(records)), workers) if workers else map(task, _parts(len(records))):
+  for part, found in in_processes(task, _parts(len(records)), workers) if workers else map(task, _parts(len(records))):
     parts.append(part)
+    if problems is not None:
+      problems += found
     progress(len(part))
   return LengthTable(*np.concatenate(parts).T.copy())
 
@@ -94,16 +100,19 @@ def measured(
   progress: Callable[[int], None] = lambda done: None,
   policy: str = "error",
   seed: int = 0,
+  problems: list[tuple[int, str]] | None = None,
 ) -> LengthTable:
   """What `measure` gives; read from `path` where that holds the lengths of just this data, else written there."""
   identity = fingerprint(records, processor, policy, seed)
-  if identity is None:
-    return measure(records, processor, progress=progress, policy=policy, seed=seed)
-  if path.is_file():
+  if identity is not None and path.is_file():
     with np.load(path) as content:
       if str(content["fingerprint"]) == identity:
+        if problems is not None:  # the files may have gone since
+          problems += check(records, max_images=processor.max_images, processes=os.cpu_count() or 1)
         return LengthTable(**{name: content[name] for name in FIELDS})
-  table = measure(records, processor, progress=progress, policy=policy, seed=seed)
+  table = measure(records, processor, progress=progress, policy=policy, seed=seed, problems=problems)
+  if identity is None or (problems and policy == "error"):
+    return table
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
   with open(partial, "wb") as file:
@@ -115,7 +124,7 @@ def measured(
 def fingerprint(records: Records, processor: Processor, policy: str = "error", seed: int = 0) -> str | None:
   """A hash of what the lengths depend on: the data's files with sizes and dates, which of their samples are taken, the
   tokenizer, the template, the crops, and what becomes of bad samples. None where no date tells the state of the data:
-  a bucket, a TensorFlow data set."""
+  a JSON file in a bucket, a TensorFlow data set."""
   state = source_state(records)
   if state is None:
     return None
@@ -132,10 +141,12 @@ def fingerprint(records: Records, processor: Processor, policy: str = "error", s
 
 
 def source_state(records: Records) -> list | None:
-  """Each file of a source with its size and date, and the samples chosen of it; None where there are no local files."""
+  """Each file of a source with its size and date, and the samples chosen of it; None where nothing tells."""
   if hasattr(records, "parts"):  # a mix
     states = [(source_state(part), hashlib.sha256(chosen.tobytes()).hexdigest()) for part, chosen in records.parts]
     return None if any(state is None for state, _ in states) else [list(pair) for pair in states]
+  if getattr(records, "states", ()):  # remote shards
+    return [len(records), [[shard, *state] for shard, state in zip(records.shards, records.states)]]
   files = getattr(records, "shards", None) or (records.source,)
   if not all(os.path.isfile(file) for file in files):
     return None
@@ -148,28 +159,42 @@ def _parts(count: int) -> Iterator[range]:
 
 
 class _Measure:
-  """int32 [n, 4], a row of a LengthTable for each sample of a range. Can be pickled; for one thread."""
+  """(int32 [n, 4], a row of a LengthTable for each sample of a range; their problems, if these are asked for). Can be
+  pickled; for one thread."""
 
-  def __init__(self, records: Records, processor: Processor, policy: str, seed: int):
+  def __init__(self, records: Records, processor: Processor, policy: str, seed: int, checks: bool):
     self._records, self._processor = records, processor
-    self._policy, self._seed = policy, seed
+    self._policy, self._seed, self._checks = policy, seed, checks
     self._counter: TokenCounter | None = None
 
   def __getstate__(self):
     return self.__dict__ | {"_counter": None}  # holds open tokenizers
 
-  def __call__(self, part: Iterable[int]) -> np.ndarray:
+  def __call__(self, part: Iterable[int]) -> tuple[np.ndarray, list[tuple[int, str]]]:
     collects = gc.isenabled()
     gc.disable()  # a third of the time goes there otherwise, and there are no cycles to find
     try:
-      rows = self._rows(self._records[i] for i in part)
+      samples = [self._records[i] for i in part]
+      if self._checks and any(sample_problems(sample, self._processor.max_images) for sample in samples):
+        return self._one_by_one(part)
+      return np.array(self._rows(samples), np.int32), []
     except DataError:  # whose, and what becomes of it, is asked only now
-      made = [make(self._records, i, self._one, self._policy, self._seed) for i in part]
-      rows = [(0, 0, 0, 0) if each.value is None else each.value for each in made]
+      return self._one_by_one(part)
     finally:
       if collects:
         gc.enable()
-    return np.array(rows, np.int32)
+
+  def _one_by_one(self, part: Iterable[int]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    rows, problems = [], []
+    policy = "skip" if self._checks and self._policy == "error" else self._policy
+    for i in part:
+      made = make(self._records, i, self._one, policy, self._seed)
+      rows.append((0, 0, 0, 0) if made.value is None else made.value)
+      if self._checks:
+        problems += check_part(self._records, [i], self._processor.max_images) or [(i, made.problem)] * bool(
+          made.problem
+        )
+    return np.array(rows, np.int32), problems
 
   def _one(self, sample: Sample) -> tuple[int, int, int, int]:
     try:

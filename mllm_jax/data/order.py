@@ -98,7 +98,10 @@ class GroupedOrder:
 
 
 class PackedOrder:
-  """Rows of several samples. Rows of different epochs may share a step; what fills no batch at the end is dropped."""
+  """Rows of several samples. Rows of different epochs may share a step; what fills no batch at the end is dropped.
+
+  padding: the share of the places that no sample fills.
+  """
 
   def __init__(
     self,
@@ -124,6 +127,7 @@ class PackedOrder:
     # Two arrays and not a list of tuples: this goes to every worker process.
     self._start = np.cumsum([0, *map(len, rows)])
     self._samples = np.array([sample for row in rows for sample in row], np.int32)
+    self.padding = 1 - int(places[self._samples].sum()) / (row_length * max(1, len(rows)))
 
   def samples(self, row: int) -> tuple[int, ...]:
     return tuple(self._samples[self._start[row] : self._start[row + 1]].tolist())

@@ -73,11 +73,12 @@ class _Window:
   def __init__(self, places: np.ndarray, crops: np.ndarray, row_length: int):
     self.places, self.crops = places, crops
     self._row_length = row_length
+    self._shortest = int(places.min(initial=row_length))
     self._total, self._size = 0, 0
     self._queue: collections.deque[int] = collections.deque()
     self._gone: set[int] = set()
     self._of_kind: dict[tuple[int, int], collections.deque[int]] = collections.defaultdict(collections.deque)
-    self._count: dict[int, np.ndarray] = {}  # {crops: int [row_length + 1], samples of each length}
+    self._there: dict[int, np.ndarray] = {}  # {crops: bool [row_length + 1], whether there is one of each length}
 
   def __len__(self) -> int:
     return self._size
@@ -88,9 +89,9 @@ class _Window:
 
   def add(self, sample: int) -> None:
     places, crops = int(self.places[sample]), int(self.crops[sample])
-    if crops not in self._count:
-      self._count[crops] = np.zeros(self._row_length + 1, np.int64)
-    self._count[crops][places] += 1
+    if crops not in self._there:
+      self._there[crops] = np.zeros(self._row_length + 1, bool)
+    self._there[crops][places] = True
     self._of_kind[places, crops].append(sample)
     self._queue.append(sample)
     self._total += places
@@ -103,17 +104,20 @@ class _Window:
 
   def pop(self, places: int, crops: int) -> int:
     """Takes out the longest waiting sample of a kind."""
-    sample = self._of_kind[places, crops].popleft()
+    alike = self._of_kind[places, crops]
+    sample = alike.popleft()
+    self._there[crops][places] = bool(alike)
     self._gone.add(sample)
-    self._count[crops][places] -= 1
     self._total -= places
     self._size -= 1
     return sample
 
   def best_fit(self, room: int, crops: int) -> list[tuple[int, int]]:
     """The kinds of the one or two samples that fill `room` best; of equally good choices the first."""
+    if room < self._shortest:
+      return []
     lengths = {
-      c: found for c in sorted(self._count) if c <= crops and len(found := np.flatnonzero(self._count[c][: room + 1]))
+      c: found for c in sorted(self._there) if c <= crops and len(found := np.flatnonzero(self._there[c][: room + 1]))
     }
     best, kinds = 0, []
     for c, found in lengths.items():
@@ -123,13 +127,15 @@ class _Window:
       for second, seconds in lengths.items():
         if second < first or first + second > crops:
           continue
-        partner = np.searchsorted(seconds, room - firsts, side="right") - 1
-        partners = seconds[np.maximum(partner, 0)]
-        possible = partner >= 0
+        short = firsts[: np.searchsorted(firsts, room - seconds[0], side="right")]  # the others have no partner
+        if not len(short):
+          continue
+        partners = seconds[np.searchsorted(seconds, room - short, side="right") - 1]
+        sums = short + partners
         if first == second:
-          possible &= (partners != firsts) | (self._count[first][firsts] > 1)
-        sums = np.where(possible, firsts + partners, 0)
+          halves = np.flatnonzero(partners == short)
+          sums[[i for i in halves.tolist() if len(self._of_kind[int(short[i]), first]) < 2]] = 0
         i = int(sums.argmax())
         if sums[i] > best:
-          best, kinds = int(sums[i]), [(int(firsts[i]), first), (int(partners[i]), second)]
+          best, kinds = int(sums[i]), [(int(short[i]), first), (int(partners[i]), second)]
     return kinds

@@ -218,7 +218,7 @@ def make_order(
     raise ValueError(f"batching={data.batching!r} needs the lengths of all {count} samples")
   if data.batching == "group":
     return GroupedOrder(lengths, data.max_length, data.buckets, batch_size, accumulation, epochs, steps, seed)
-  row_length = data.row_length or data.max_length
+  row_length = data.row_length or 2 * data.max_length
   return PackedOrder(lengths, data.max_length, row_length, data.max_images, batch_size, epochs, steps, seed)
 
 

@@ -177,9 +177,10 @@ def sample_problems(sample: Sample, max_images: int) -> list[Problem]:
   if len(sample.images) > max_images:
     text = f"has {len(sample.images)} images, and a row has room for {max_images}; raise data.max_images"
     problems.append(Problem("too many images", text))
-  if not any(turn.role == "human" for turn in sample.turns):
+  roles = [turn.role for turn in sample.turns]
+  if "human" not in roles:
     problems.append(Problem("no question", "has no human turn; add the question or take the sample out"))
-  if not any(turn.role == "gpt" and turn.text for turn in sample.turns):
+  if "gpt" not in roles or not any([turn.text for turn in sample.turns if turn.role == "gpt"]):
     text = "has no answer that is not empty, so nothing to train on; add one or take the sample out"
     problems.append(Problem("no answer", text))
   return problems
@@ -187,7 +188,7 @@ def sample_problems(sample: Sample, max_images: int) -> list[Problem]:
 
 def placeholder_problem(turns: Sequence[Turn], n_images: int) -> str:
   """What is wrong unless the human turns hold one `<image>` per image, else ""; in answers it is plain text."""
-  placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+  placeholders = sum([turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human"])
   if placeholders == n_images:
     return ""
   return (
@@ -228,7 +229,7 @@ def _turns(conversation: Any) -> tuple[str | None, tuple[Turn, ...]]:
       elif turns and turns[-1].role == role:
         raise DataError(f"two {role} turns follow one another; join them or take one out")
       elif turns or role == "human":
-        turns.append(Turn(role, text, _text(raw, "category")))
+        turns.append(Turn(role, text, _text(raw, "category") if "category" in raw else ""))
   except DataError as error:
     raise DataError(f"turn {number}: {error}") from error
   return system, tuple(turns)

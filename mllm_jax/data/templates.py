@@ -21,6 +21,7 @@ LLAMA_3_SYSTEM = (
   "provides, and assist the user with a variety of tasks using natural language."
 )
 ROLES = {"human": "user", "gpt": "assistant"}
+USER, ASSISTANT, SPACE = Piece("text", "USER:"), Piece("text", "ASSISTANT:"), Piece("text", " ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +74,11 @@ def vicuna_v1(turns: Sequence[Turn], system: str | None, tokenizer: ChatTokenize
   system = VICUNA_SYSTEM if system is None else system
   pieces = [Piece("text", system + " ")] if system else []
   for turn in turns:
-    pieces.append(Piece("text", "USER:" if turn.role == "human" else "ASSISTANT:"))
+    pieces.append(USER if turn.role == "human" else ASSISTANT)
     if turn.role == "human" and turn.text:
-      pieces += [Piece("text", " "), *question(turn.text), Piece("text", " ")]
+      pieces += [SPACE, *question(turn.text), SPACE]
     elif turn.text:
-      pieces += [Piece("text", " " + turn.text, trained_on=True), END]
+      pieces += [Piece("text", " " + turn.text, True), END]
   return pieces
 
 

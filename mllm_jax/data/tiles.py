@@ -10,7 +10,6 @@ import math
 import numpy as np
 from PIL import Image
 
-from mllm_jax.batch import NEWLINE
 from mllm_jax.config import VisionConfig
 from mllm_jax.data.records import DataError
 
@@ -74,6 +73,8 @@ def table_rows(width: int, height: int, vision: VisionConfig, tokens_per_crop: i
   patches = np.arange(before, tokens_per_crop, dtype=np.int32).reshape(grid, grid)
   tiled = starts[1:].reshape(rows, 1, columns, 1) + patches[:, None, :]
   unpadded = _unpad(tiled.reshape(rows * grid, columns * grid), width, height)
+  from mllm_jax.batch import NEWLINE  # with jax, which worker processes that measure do without
+
   lines = np.pad(unpadded, ((0, 0), (0, 1)), constant_values=NEWLINE)
   return np.concatenate([summaries.ravel(), patches.ravel(), lines.ravel()]).astype(np.int32)
 

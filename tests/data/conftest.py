@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from known_samples import make, processor, records, table  # noqa: F401
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 

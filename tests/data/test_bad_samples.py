@@ -1,8 +1,10 @@
 """What a run does with samples that cannot be used, on real batches of real files."""
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,12 +124,6 @@ def test_substitutes_depend_on_seed_and_index():
   assert first != bad_samples.substitutes(0, 6, 1000) and first != bad_samples.substitutes(1, 5, 1000)
 
 
-def write_many(folder, process):
-  log = BadSamples(1.0, folder)
-  for i in range(200):
-    log.note(bad_samples.Made("x", None, "p" * 300, process * 1000 + i, -1), 0, i)
-
-
 def test_what_processes_found_before_is_shared_among_them(tmp_path):
   log = BadSamples(1.0, tmp_path)
   for step in range(6):
@@ -142,11 +138,16 @@ def test_what_processes_found_before_is_shared_among_them(tmp_path):
 
 
 def test_processes_do_not_tear_each_others_lines(tmp_path):
-  context = multiprocessing.get_context("spawn")
-  workers = [context.Process(target=write_many, args=(str(tmp_path), p)) for p in range(3)]
-  for worker in workers:
-    worker.start()
-  for worker in workers:
-    worker.join()
+  code = """
+import sys
+from mllm_jax.data.bad_samples import BadSamples, Made
+log = BadSamples(1.0, sys.argv[1])
+for i in range(200):
+  log.note(Made("x", None, "p" * 300, int(sys.argv[2]) * 1000 + i, -1), 0, i)
+"""
+  environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+  command = [sys.executable, "-c", code, str(tmp_path)]
+  writers = [subprocess.Popen([*command, str(p)], env=environment) for p in range(3)]
+  assert [writer.wait() for writer in writers] == [0, 0, 0]
   lines = [json.loads(line) for line in (tmp_path / bad_samples.FILE).read_text().splitlines()]
   assert sorted(line["index"] for line in lines) == sorted(p * 1000 + i for p in range(3) for i in range(200))

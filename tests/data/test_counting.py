@@ -4,6 +4,7 @@ import json
 import random
 
 import conversations
+import numpy as np
 import pytest
 from test_templates import CASES, cases, with_template  # noqa: F401
 
@@ -74,7 +75,6 @@ def test_a_tokenizer_that_joins_words_is_asked_for_whole_texts(tokenizers, chang
 
 def test_words_that_are_forgotten_are_counted_again(tokenizers, monkeypatch):
   monkeypatch.setattr(counting, "KEPT", 3)
-  monkeypatch.setattr(counting, "LONG", 4)
   tokenizer, counter = tokenizers[True], TokenCounter(tokenizers[True])
   for text in ("one two three four five six seven", "one longer-than-four two", " one  two", "", "seven"):
     chunk = [Piece("text", text), CUT, END, Piece("text", text)]
@@ -83,3 +83,39 @@ def test_words_that_are_forgotten_are_counted_again(tokenizers, monkeypatch):
       len(tokenizer.encode_chunk([END, *chunk[:1]]).ids),
       0,
     ]
+
+
+def test_the_table_of_words_grows_and_forgets(monkeypatch):
+  draw = np.random.default_rng(0)
+  table, expected = counting._Table(8), {}
+  for count in (1, 5, 0, 3000, 40):
+    hashes = draw.integers(1, 2**63, count).astype(np.uint64) | np.uint64(2**63)
+    table.add(hashes, np.arange(count))
+    expected |= dict(zip(hashes.tolist(), range(count)))
+    known = np.array(list(expected), np.uint64)
+    assert table.find(known).tolist() == list(expected.values())
+    assert (table.find(known ^ np.uint64(12345)) == -1).all()
+  monkeypatch.setattr(counting, "KEPT", 100)
+  table.add(np.array([2**63], np.uint64), np.array([7]))
+  assert table.find(np.array([2**63, known[0]], np.uint64)).tolist() == [7, -1]
+
+
+def test_words_are_cut_where_the_tokenizer_cuts_them(tokenizers):
+  """Spaces in a row, at the ends and alone; marks and signs of the counter's own in a text; letters of many bytes."""
+  tokenizer = tokenizers[False]
+  texts = [
+    "",
+    " ",
+    "  ",
+    "a  b",
+    " a b ",
+    "a   ",
+    "\n \n",
+    "\x01 a",
+    "a\x02b",
+    "\u2581a b",
+    "\u00e9 \U0001f600  x",
+    "a\x00b c",
+  ]
+  chunks = [[Piece("text", a), END, Piece("text", b), END] for a in texts for b in texts]
+  assert TokenCounter(tokenizer).count(chunks) == [len(tokenizer.encode_chunk(chunk).ids) for chunk in chunks]

@@ -7,6 +7,7 @@ from mllm_jax.config import DataConfig, StageConfig
 from mllm_jax.data.lengths import LengthTable
 from mllm_jax.data.order import PackedOrder
 from mllm_jax.data.packing import pack
+from mllm_jax.data.pipeline import make_order
 from mllm_jax.data_commands.stats import costs, synthetic_lengths
 
 
@@ -79,3 +80,12 @@ def test_padding_on_lengths_like_those_of_the_released_data():
   found = {cost.name: cost for cost in costs(synthetic_lengths(50_000), stage)}
   assert found["pack"].padding <= 0.03
   assert found["pack"].places <= 0.73 * found["released"].places
+
+
+def test_rows_are_twice_as_long_as_a_sample_where_nothing_else_is_said():
+  """Because rows of one max_length leave gaps that nothing fits: they cannot reach 3 % with these lengths."""
+  table = synthetic_lengths(3000)
+  order = make_order(DataConfig(batching="pack", max_images=5), 3000, table, 1, 1, 1, 0, 0)
+  assert order.length(0) == 2 * DataConfig().max_length and order.padding < 0.04
+  filled = [min(2048, int(table.places[i])) for row in rows_of(order, 1) for i in row]
+  assert order.padding == pytest.approx(1 - sum(filled) / (order.steps * 4096))

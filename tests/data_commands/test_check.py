@@ -104,11 +104,18 @@ def test_good_data_and_no_model(data, tmp_path, capsys):
   assert "2 samples, 0 of them unusable" in printed
 
 
-def test_a_recipe_names_the_data_and_the_model(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+  """A workdir with the demo's data, which the commands then need not write."""
   from mllm_jax.demo.write import write as write_demo
 
-  write_demo(tmp_path / "data", seed=0)
-  recipe = ["--config=configs/sp_cropping.py:demo", f"--workdir={tmp_path}", "--processes=1"]
+  folder = tmp_path_factory.mktemp("demo")
+  write_demo(folder / "data", seed=0)
+  return folder
+
+
+def test_a_recipe_names_the_data_and_the_model(demo_folder, capsys):
+  recipe = ["--config=configs/sp_cropping.py:demo", f"--workdir={demo_folder}", "--processes=1"]
   assert main(["check", *recipe, "--stage=pretrain"]) == 0
   first = capsys.readouterr().out
   assert "lengths were not" not in first and " 0 of them unusable" in first
@@ -132,7 +139,7 @@ def test_the_command_line(capsys):
 
 
 @pytest.mark.parametrize("command", ["check", "prepare", "show", "stats"])
-def test_all_commands_name_their_data_alike(command, tmp_path, capsys, monkeypatch):
+def test_all_commands_name_their_data_alike(command, tmp_path, demo_folder, capsys, monkeypatch):
   monkeypatch.setenv("COLUMNS", "200")
   with pytest.raises(SystemExit):
     main([command, "--help"])
@@ -152,6 +159,6 @@ def test_all_commands_name_their_data_alike(command, tmp_path, capsys, monkeypat
   out = [f"--out={tmp_path / 'out'}"] if command != "stats" else []
   assert main([command, "--path=none.json", "--config.seed=1", *out]) == 2
   assert "--config.seed=1 overrides a recipe" in capsys.readouterr().err
-  recipe = ["--config=configs/sp_cropping.py:demo", f"--workdir={tmp_path}"]
+  recipe = ["--config=configs/sp_cropping.py:demo", f"--workdir={demo_folder}"]
   assert main([command, *recipe, "--config.finetune.data.mix=(('nowhere.json','','0.5'),)", *out]) == 2
   assert "nowhere.json: no such file" in capsys.readouterr().err

@@ -13,7 +13,7 @@ distributed.start(60)
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from mllm_jax import sharding  # noqa: E402
@@ -42,12 +42,14 @@ def state_of(array, step: int = 0) -> TrainState:
 
 def main(folder: Path) -> dict:
   index, mesh = jax.process_index(), sharding.make_mesh(MeshConfig())
-  sharding.check_rows(mesh)
+  assert sharding.row_share(mesh, index) == (index, 2)
   seen = {"devices": jax.device_count(), "gathered": distributed.gather("é" * 3000 * index + str(index))[1][-4:]}
   seen["largest"] = distributed.largest(7 * index)
   seen["first says"] = distributed.first_says(index == 0)
   flags = distributed.Flags(mesh)
   seen["flags"] = [flags.ask(lambda: number * index)() for number in (0, 3)]
+
+  seen["rows"] = [rows_seen(interleaved(1, 8, 1), 4), rows_seen(interleaved(1, 1, 8), 2)]
 
   # ---- errors -------------------------------------------------------------------------------------------------------
   def stopped(function) -> list:
@@ -108,6 +110,21 @@ def summed(tree) -> float:
   return float(jax.jit(lambda tree: sum(x.sum() for x in jax.tree.leaves(tree)))(tree))
 
 
+def interleaved(*shape: int) -> Mesh:
+  """A mesh in which the processes' devices take turns, as they do where hosts make up a torus."""
+  devices = np.array(jax.devices()).reshape(2, 4).T.reshape(shape)
+  return Mesh(devices, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def rows_seen(mesh: Mesh, count: int) -> list[int]:
+  """The rows of a batch over all processes, sorted, of which each has made its share of `count`."""
+  share, shares = sharding.row_share(mesh, jax.process_index())
+  own = np.arange(share * count, (share + 1) * count, dtype=np.float32)[:, None]
+  batch = sharding.to_device(Batch(*[own] * 8), mesh)
+  assert batch.tokens.shape == (shares * count, 1)
+  return jax.jit(lambda x: jnp.sort(x.ravel()), out_shardings=sharding.replicated(mesh))(batch.tokens).tolist()
+
+
 class Counted(InMemory):
   """Counts what is read of it."""
 
@@ -120,7 +137,7 @@ class Counted(InMemory):
     return found
 
 
-def loop(mesh, bad_at=None, signal_at=None, full_at=None) -> list:
+def loop(mesh, bad_at=None, signal_at=None, full_at=None, expected=Stopped) -> list:
   """[how it ended, steps taken, steps saved, steps reported] of up to eight steps; the `_at`s are numbers of batches or
   steps at which something happens to this process."""
   saved, reported = [], []
@@ -146,7 +163,7 @@ def loop(mesh, bad_at=None, signal_at=None, full_at=None) -> list:
         raise DataError(f"sample {number} is bad")
       if number == signal_at:
         Stop.signal = 15
-      yield [str(number)], Batch(*(np.ones((1, 4), np.float32) for _ in range(8)))
+      yield [str(number)], Batch(*(np.ones((1, len(mesh.local_devices)), np.float32) for _ in range(8)))
 
   @jax.jit
   def step(state, frozen, batch):
@@ -172,8 +189,8 @@ def loop(mesh, bad_at=None, signal_at=None, full_at=None) -> list:
     )
     saved.append(int(state.step))
     end = str(Stop.signal)
-  except Stopped as error:
-    end = f"{error.status} {error}"
+  except expected as error:
+    end = f"{error.status} {error}" if expected is Stopped else str(error)
   return [end, saved, reported]
 
 

@@ -10,7 +10,8 @@ import pytest
 from steps import Training, make_batch
 
 from mllm_jax.config import MeshConfig
-from mllm_jax.training.checkpoint import CheckpointError, Checkpoints
+from mllm_jax.training.checkpoint import CheckpointError, Checkpoints, Trained
+from mllm_jax.training.step import TrainState
 
 
 def arrays(state):
@@ -68,6 +69,30 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoints.manager, "save", full)
   with pytest.raises(CheckpointError, match="the disk is full; what was saved before is still there"):
     checkpoints.save(training.state, {})
+
+
+def test_what_was_trained_is_read_array_by_array(tmp_path, monkeypatch):
+  checkpoints = Checkpoints(tmp_path)
+  names = [f"projector/{i}/kernel" for i in range(6)]
+  zero, arrays = np.int32(0), {name: np.full((2, 3), i, np.float32) for i, name in enumerate(names)}
+  checkpoints.save(TrainState(np.int32(4), arrays, {}, zero, zero), {})
+  checkpoints.wait()
+  trained = Trained(Checkpoints(tmp_path, alone=True), 4)
+  assert sorted(trained.names()) == names and trained.shape(names[0]) == (2, 3) and trained.dtype(names[0]) == "float32"
+  read, found = [], Checkpoints.read_trainable
+  monkeypatch.setattr(
+    Checkpoints, "read_trainable", lambda self, step, paths: read.extend(paths) or found(self, step, paths)
+  )
+  part = (slice(0, 1), slice(1, 3))
+  for _ in range(2):  # a second part of an array that is held costs nothing
+    np.testing.assert_array_equal(trained.read(names[3], part), [[3, 3]])
+  assert read == [names[3]] and list(trained.held) == read
+  trained.release(names[3])
+  assert not trained.held
+  for name in names:
+    np.testing.assert_array_equal(trained.read(name), arrays[name])
+    assert len(trained.held) <= Trained.HELD
+  assert read[1:] == names
 
 
 def test_a_checkpoint_of_other_shapes_is_explained(tmp_path):

@@ -150,9 +150,24 @@ def test_one_slice_has_no_axis_over_slices():
     sharding.make_mesh(MeshConfig(dcn_data=2))
 
 
-def test_an_axis_tensor_within_a_process(monkeypatch):
-  mesh = sharding.make_mesh(MeshConfig(tensor=4))
-  sharding.check_rows(mesh)
+@pytest.mark.parametrize(
+  "config, shares",
+  [
+    (MeshConfig(), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    (MeshConfig(tensor=2), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    (MeshConfig(tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    (MeshConfig(tensor=8), [(0, 1)] * 4),
+  ],
+)
+def test_processes_that_an_axis_tensor_runs_through_make_the_same_rows(monkeypatch, config, shares):
+  mesh = sharding.make_mesh(config)
   monkeypatch.setattr(type(jax.devices()[0]), "process_index", property(lambda device: device.id // 2))
-  with pytest.raises(ConfigError, match=r"the 4 devices of an axis tensor belong to processes \[0, 1\]"):
-    sharding.check_rows(mesh)
+  assert [sharding.row_share(mesh, process) for process in range(4)] == shares
+
+
+def test_rows_that_are_shared_in_part(monkeypatch):
+  mesh = sharding.make_mesh(MeshConfig(tensor=2))
+  owners = [0, 0, 0, 1, 1, 1, 2, 2]
+  monkeypatch.setattr(type(jax.devices()[0]), "process_index", property(lambda device: owners[device.id]))
+  with pytest.raises(ConfigError, match="data 1, fsdp 4, tensor 2 the processes share some rows of a batch"):
+    sharding.row_share(mesh, 0)

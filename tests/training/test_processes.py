@@ -1,5 +1,6 @@
 """Two real processes of four CPU devices: what they decide, read and write together, and how they end together."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from pair import ARRAY, state_of
+from pair import ARRAY, loop, state_of
 from processes import environment, free_port
 
-from mllm_jax import distributed
-from mllm_jax.config import ConfigError
-from mllm_jax.training.checkpoint import Checkpoints
+from mllm_jax import distributed, sharding
+from mllm_jax.config import ConfigError, MeshConfig
+from mllm_jax.data.records import DataError
+from mllm_jax.run_control import Stopped, status_of
+from mllm_jax.training.checkpoint import CheckpointError, Checkpoints
 
 KERNEL = "decoder/layers/q_proj/kernel"
 
@@ -41,6 +44,12 @@ def test_processes_decide_the_same(pair):
     assert seen["first says"] is True and seen["flags"] == [0, 3]
 
 
+def test_each_process_makes_its_share_of_the_rows(pair):
+  for seen in pair[1]:
+    # All rows once, though those of a process do not lie side by side; or the same rows made by both.
+    assert seen["rows"] == [list(range(8)), [0, 1]]
+
+
 def test_what_goes_wrong_in_one_process_ends_both_and_is_said_by_process_0(pair):
   first, second = pair[1]
   assert first["agreed"] == [2, "process 1: sample 3 is bad"] and second["agreed"] == [2, "sample 3 is bad"]
@@ -60,6 +69,25 @@ def test_both_processes_stop_after_the_same_step_with_everything_saved(pair):
   assert second["full disk"] == ["1 ", [5], [1, 2, 3, 4, 5]]
   assert first["full disk"][0].startswith("1 metrics.jsonl: No space left on device") and first["full disk"][1] == [5]
   assert first["to the end"] == second["to the end"] == ["0", [8], list(range(1, 9))]
+
+
+def test_one_process_stops_and_fails_alike():
+  mesh = sharding.make_mesh(MeshConfig())
+  assert loop(mesh) == ["0", [8], list(range(1, 9))]
+  assert loop(mesh, signal_at=4) == ["15", [3], [1, 2, 3]]  # a signal is heard before the next step
+  assert loop(mesh, bad_at=1, expected=DataError) == ["sample 1 is bad", [0], []]
+  assert loop(mesh, bad_at=4, expected=DataError) == ["sample 4 is bad", [3], [1, 2, 3]]
+  end, saved, reported = loop(mesh, full_at=4, expected=OSError)
+  assert "No space left on device" in end and (saved, reported) == ([4], [1, 2, 3])
+
+
+def test_what_an_error_means_for_the_run():
+  full, lost = OSError(errno.ENOSPC, "No space left on device", "log"), OSError(errno.EIO, "Input/output error")
+  errors = [ConfigError("a"), DataError("b"), Stopped(143, "c"), CheckpointError("d"), full]
+  assert [status_of(error) for error in errors] == [2, 2, 143, 1, 1]
+  assert status_of(lost) == status_of(RuntimeError("e")) == status_of(ValueError("f")) == 0
+  assert distributed.explain(full).startswith("log: No space left on device; what was saved before is still there")
+  assert distributed.explain(ValueError("f")) == "ValueError: f"
 
 
 def test_each_process_reads_its_slices_only(pair):

