@@ -142,9 +142,8 @@ def train_stage(run) -> None:
   if vdim is not None:
     identity["fingerprints"]["vdim"] = fingerprint(open_weights(vdim))
   start = run.open(identity)
-  given = {}
-  if name == "finetune" and start is None:
-    given = pretrained_projector(config, run.workdir, identity, shapes, mesh)
+  fresh = name == "finetune" and start is None
+  given = pretrained_projector(config, run.workdir, identity, shapes, mesh) if fresh else {}
   if vdim is not None:
     given = train_vdim.placed_vdim(vdim, config.model, shapes, rates, mesh) | given
 
