@@ -36,18 +36,21 @@ def _loss_of_rows(decoder, kernel, hidden, targets, weights):
   """The summed loss, [1], of the rows at hand."""
   flat = lambda x: x.reshape(-1, *x.shape[2:])
   hidden, targets, weights = flat(hidden), flat(targets), flat(weights)
-  places, order = len(hidden), jnp.argsort(weights == 0, stable=True)
+  places = len(hidden)
   chunks = min(places, max(1, -(-places * decoder.config.vocab_size * 4 // CHUNK_BYTES)))
-  size = -(-places // chunks)
-
-  def cut(x):
-    x = x.at[order].get(unique_indices=True, mode="promise_in_bounds")
-    return jnp.pad(x, [(0, chunks * size - places)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
   def chunk_loss(hidden, targets, weights):
     logits = decoder.logits(hidden, kernel)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked), keepdims=True)
+
+  if chunks == 1:
+    return jax.checkpoint(chunk_loss)(hidden, targets, weights)
+  size, order = -(-places // chunks), jnp.argsort(weights == 0, stable=True)
+
+  def cut(x):
+    x = x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+    return jnp.pad(x, [(0, chunks * size - places)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
   # The checkpoint is around the branch: inside, each chunk's residuals would hold the head's kernel.
   @jax.checkpoint
