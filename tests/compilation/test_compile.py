@@ -73,6 +73,8 @@ def test_a_stage_for_eight_cpu_devices(tmp_path, capsys, monkeypatch):
   assert 1 <= stage["executed_over_model"] < 1.3
   assert stage["memory"]["peak"] == sum(stage["memory"][part] for part in ("arguments", "temporaries", "code"))
   assert sum(c["sent"] for c in stage["cost"]["collectives"]) > 0
+  # Rows stay split: only gradients are summed over devices. A micro-batch's activations are 2 MiB.
+  assert all(c["bytes"] < 2**18 for c in stage["cost"]["collectives"] if c["kind"] == "all-reduce")
 
   # The same on chips of 1 MiB.
   parts = {part: stage["memory"][part] for part in ("arguments", "temporaries", "code")}
