@@ -1,7 +1,9 @@
 """What all stages of a run have in common: going on where they were, taking steps, saving, and being stopped."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mllm_jax import distributed
 from mllm_jax.config import Config, to_dict
@@ -60,8 +62,9 @@ class StageRun:
       + (f", continuing after step {start:,}" if start else "")
     )
 
-  def train(self, train_step, state: TrainState, frozen: dict, batches) -> TrainState:
-    """The steps that are left, and a last checkpoint. Raises Stopped where that is before the end."""
+  def train(self, train_step, state: TrainState, frozen: dict, batches, flops: Callable[[Any], float]) -> TrainState:
+    """The steps that are left, and a last checkpoint. `flops` is the `Reporter`'s. Raises Stopped where that is before
+    the end."""
     start = int(state.step)
     try:
       state = run_steps(
@@ -74,7 +77,7 @@ class StageRun:
         save=self._save,
         save_every=self.config.checkpoint_every,
         stop=self.stop,
-        reporter=Reporter(self.config, self.name, self.stage, self.folder, self.log, start, batches.steps),
+        reporter=Reporter(self.config, self.name, self.stage, self.folder, self.log, start, batches.steps, flops),
       )
       self._save(state)
     except (DataError, NotFinite) as error:

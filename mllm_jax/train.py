@@ -104,7 +104,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
 def train_stage(run) -> None:
   """One stage, a `stage_loop.StageRun`, from its last checkpoint, or its beginning, to its evaluation."""
-  from mllm_jax import build, parameters, train_vdim
+  from mllm_jax import build, flops, parameters, train_vdim
   from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
   from mllm_jax.stage_data import load_data
@@ -158,6 +158,7 @@ def train_stage(run) -> None:
   if start is not None:
     state = run.checkpoints.restore(start, state)
   trained_rates = {path: rates[path] for path in trainable}
+  count_flops = flops.counter(model_config, shapes, rates)
   del flat, trainable, given
   make_step = step_lib.BucketedStep if stage.data.batching == "group" else step_lib.make_step
   train_step = make_step(
@@ -176,7 +177,7 @@ def train_stage(run) -> None:
   with distributed.agreed("tokenizer"):
     if distributed.is_first():
       copy_tokenizer(tokenizer, run.workdir / TOKENIZER)
-  state = run.train(train_step, state, frozen, batches)
+  state = run.train(train_step, state, frozen, batches, count_flops)
 
   # ---- evaluation ----------------------------------------------------------------------------------------------------
   if config.evaluation.path and not distributed.first_says((run.folder / EVALUATION).is_file()):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import build, distributed, parameters, sharding
+from mllm_jax import build, distributed, flops, parameters, sharding
 from mllm_jax.config import Config, ConfigError, ModelConfig, ModelRecipe, VdimStage, VisionConfig, to_dict
 from mllm_jax.continuation import recipe_identity
 from mllm_jax.data.bad_samples import MINIMUM, BadSamples
@@ -86,12 +86,13 @@ def train_vdim(run: StageRun) -> None:
   if start is not None:
     state = run.checkpoints.restore(start, state)
   del trainable
+  step_flops = flops.vdim_flops(vision, stage, shapes, identity["model"]["levels"]) / jax.process_count()
   shardings = step_lib.state_shardings(optimizer, state.trainable, mesh)
   train_step = vdim_step.make_step(graphdef, stage, config.seed, mesh, optimizer, shardings)
 
   # ---- the loop, and what came of it ---------------------------------------------------------------------------------
   run.begin(batches, "images", f"{stage.batch_size}")
-  state = run.train(train_step, state, frozen, batches)
+  state = run.train(train_step, state, frozen, batches, lambda batch: step_flops)
   save_weights(run, int(state.step), identity)
   if (start or 0) < batches.steps and jax.process_count() == 1:
     any_aspect = parameters.flatten(nnx.eval_shape(lambda: make(nnx.Rngs(0), any_aspect=True)))[0]

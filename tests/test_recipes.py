@@ -8,17 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from mllm_jax import build, parameters, preflight, recipes, sharding
-from mllm_jax.batch import Batch
+from mllm_jax.compilation import abstract_step
 from mllm_jax.config import Config, ConfigError, from_dict, to_dict
-from mllm_jax.data.image_batches import ImageBatch
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import abstract
-from mllm_jax.training import optimizer as optimizer_lib
-from mllm_jax.training import step as step_lib
-from mllm_jax.training import vdim_step
 
 ALL_RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 RECIPES = [path for path in ALL_RECIPES if path.stem != "vdim"]  # it has no language model
@@ -63,18 +58,6 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
   return sum(math.prod(x.shape) for path, x in flat.items() if path.startswith(starts) and without not in path)
 
 
-def abstract_batch(config, stage, rows: int) -> Batch:
-  places, vision, crops = stage.data.max_length, config.vision, stage.data.max_images
-  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((stage.accumulation, rows, *dims), dtype)
-  ids = {name: shape(jnp.int32, places) for name in ("tokens", "targets", "segment_ids", "positions", "visual_index")}
-  return Batch(
-    **ids,
-    loss_weights=shape(jnp.float32, places),
-    patches=shape(jnp.uint8, crops, vision.grid**2, vision.patch_values),
-    grids=shape(jnp.int32, crops, 2),
-  )
-
-
 # The demo with Qwen2's recipe has the demo's own Llama, and so is uhd_v2's.
 TRACED = [
   (path, variant) for path in RECIPES for variant in ("", "demo") if (path.stem, variant) != ("uhd_v2_qwen2", "demo")
@@ -87,14 +70,11 @@ def test_both_stages_trace_at_full_size(path, variant):
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   for name in preflight.stage_names(config):
     if name == "vdim":
-      trace_vdim(config, sharding.make_mesh(config.mesh, jax.devices()[: 1 if variant else 8]))
+      trace_vdim(config, jax.devices()[: 1 if variant else 8])
       continue
     stage = getattr(config, name)
-    preflight.check_stage(name, stage, sharding.batch_shards(mesh), 1)
-    model = build.architecture(config.model, stage.lora)
-    graphdef, flat = parameters.flatten(abstract(model))
-    rates = parameters.match(stage.parameters, list(flat), name)
-    sharding.parameter_shardings(flat, mesh)
+    step = abstract_step.make(config, name, mesh)
+    model, flat = build.architecture(config.model, stage.lora), step.flat
     if not variant:
       assert count(flat, "projector/") == PROJECTOR[path.stem]
       assert count(flat, "vision/") == VISION_L_OF_23_LAYERS
@@ -102,61 +82,28 @@ def test_both_stages_trace_at_full_size(path, variant):
       assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (
         LORA_7B if name == "finetune" and path in LLAVA else 0
       )
-    dtype = lambda path: jnp.float32 if rates[path] else jnp.dtype(config.model.frozen_dtype)
-    arrays = {path: jax.ShapeDtypeStruct(x.shape, dtype(path)) for path, x in flat.items()}
-    trainable = {path: x for path, x in arrays.items() if rates[path]}
-    frozen = {path: x for path, x in arrays.items() if not rates[path]}
-    optimizer = optimizer_lib.make(stage, trainable)
-    state = jax.eval_shape(lambda t: step_lib.initial_state(optimizer, t, mesh), trainable)
-    step = step_lib.make_step(
-      graphdef,
-      stage,
-      {path: rates[path] for path in trainable},
-      100,
-      0,
-      mesh,
-      optimizer,
-      step_lib.state_shardings(optimizer, trainable, mesh),
-    )
-    with jax.set_mesh(mesh):
-      after, metrics = jax.eval_shape(
-        step, state, frozen, abstract_batch(model, stage, stage.batch_size // stage.accumulation)
-      )
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+    assert_traces(step)
     assert stage.data.max_length > projectors.tokens_per_crop(model)
 
 
-def trace_vdim(config: Config, mesh) -> dict:
-  """Traces the step of the stage vdim and returns its parameters by path, as shapes."""
-  stage = config.vdim
-  preflight.check_stage("vdim", stage, sharding.batch_shards(mesh), 1)
-  vision = build.part_config(config.model.vision, "vision")
-  make = lambda: vdim_step.make_model(vision, config.model.projector, stage, config.model.dtype, nnx.Rngs(0))
-  graphdef, flat = parameters.flatten(nnx.eval_shape(make))
-  trainable = {path: x for path, x in flat.items() if vdim_step.is_trained(path)}
-  dtype = jnp.dtype(config.model.frozen_dtype)
-  frozen = {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in flat.items() if path not in trainable}
-  optimizer = vdim_step.make_optimizer(stage)
-  state = jax.eval_shape(lambda t: step_lib.initial_state(optimizer, t, mesh), trainable)
-  shardings = step_lib.state_shardings(optimizer, trainable, mesh)
-  step = vdim_step.make_step(graphdef, stage, 0, mesh, optimizer, shardings)
-  shape = (stage.accumulation, stage.batch_size // stage.accumulation)
-  batch = ImageBatch(
-    jax.ShapeDtypeStruct((*shape, vision.grid**2, vision.patch_values), jnp.uint8),
-    jax.ShapeDtypeStruct(shape, jnp.float32),
-  )
-  with jax.set_mesh(mesh):
-    after, metrics = jax.eval_shape(step, state, frozen, batch)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+def assert_traces(step: abstract_step.AbstractStep) -> None:
+  with jax.set_mesh(step.mesh):
+    after, metrics = jax.eval_shape(step.step, *step.arguments)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), step.state)
   assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
-  return flat
+
+
+def trace_vdim(config: Config, devices: list) -> dict:
+  """Traces the step of the stage vdim and returns its parameters by path, as shapes."""
+  step = abstract_step.make(config, "vdim", sharding.make_mesh(config.mesh, devices))
+  assert_traces(step)
+  return step.flat
 
 
 def test_vdim_alone_traces_at_full_size():
   path = next(path for path in ALL_RECIPES if path.stem == "vdim")
   config = load(path)
-  flat = trace_vdim(config, sharding.make_mesh(config.mesh, jax.devices()))
+  flat = trace_vdim(config, jax.devices())
   # The paper's: two stages and the last correction; beside them the heads, which are left behind.
   assert count(flat, "projector/pyramid/") == 2 * 6233 + 1024 * 1024 + 1024
   assert count(flat, "heads/") == 2 * (1025 + 2 * 196 + 1025)
@@ -176,8 +123,7 @@ def test_vdim_alone_traces_at_full_size():
     "imagenet",
   )
   demo = load(path, "demo")
-  mesh = sharding.make_mesh(demo.mesh, jax.devices()[:1])
-  assert count(trace_vdim(demo, mesh), "projector/pyramid/") == 2 * 6233 + 128 * 128 + 128
+  assert count(trace_vdim(demo, jax.devices()[:1]), "projector/pyramid/") == 2 * 6233 + 128 * 128 + 128
 
 
 def test_vdim_without_files_says_how_to_get_them(tmp_path, monkeypatch):

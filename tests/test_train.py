@@ -88,7 +88,9 @@ def test_a_whole_run(finished):
     "skipped_in_row",
     "samples_per_s",
     "tokens_per_s",
+    "tflops_per_s",
   }
+  assert first["tflops_per_s"] > 0
   assert first["learning_rate"] == 0.0 and rows(workdir)[1]["learning_rate"] == pytest.approx(1e-2)
   for text in ("frozen", "decoder/layers (LoRA)", "all trained", "done in", "ask it"):
     assert text in out

@@ -13,6 +13,7 @@ from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig
 from mllm_jax.models import attention as attention_lib
 from mllm_jax.models import lora as lora_lib
 from mllm_jax.models.layers import Linear, RMSNorm, normal, stack
+from mllm_jax.sharding import rows_only
 
 # Of the products' results those whose recomputation would cost most for their size: left to be made again are the
 # products of o_proj and up_proj, 31 % of a layer's (of Vicuna's shape).
@@ -157,11 +158,11 @@ class Decoder(nnx.Module):
       x, index = carry
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
       x, _ = module(x, rotary, attend, dropout_key=key)
-      return (x, index + 1), None
+      return (rows_only(x), index + 1), None
 
     if self.remat != "none":
       layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    (x, _), _ = jax.lax.scan(layer, (embeddings.astype(self.dtype), 0), self.layers)
+    (x, _), _ = jax.lax.scan(layer, (rows_only(embeddings.astype(self.dtype)), 0), self.layers)
     return self.norm(x)
 
   @jax.named_scope("decoder_cached")

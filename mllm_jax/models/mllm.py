@@ -9,6 +9,7 @@ from mllm_jax.config import ModelConfig
 from mllm_jax.models import projectors
 from mllm_jax.models.decoder import Decoder
 from mllm_jax.models.vision import VisionTower
+from mllm_jax.sharding import rows_only
 
 
 class Mllm(nnx.Module):
@@ -33,9 +34,9 @@ class Mllm(nnx.Module):
   def embed(self, tokens: jax.Array, visual_index: jax.Array, visual_tokens: jax.Array) -> jax.Array:
     """The decoder's input [B, S, D]: token embeddings, row `visual_index` of the visual tokens where it is one, and the
     projector's newline where `visual_index` is NEWLINE (which a projector without one never sees)."""
-    text = self.decoder.embed(tokens)
+    text, visual_tokens = rows_only(self.decoder.embed(tokens)), rows_only(visual_tokens)
     visual = jnp.take_along_axis(visual_tokens, jnp.maximum(visual_index, 0)[..., None], axis=1)
-    embeddings = jnp.where((visual_index >= 0)[..., None], visual.astype(text.dtype), text)
+    embeddings = rows_only(jnp.where((visual_index >= 0)[..., None], visual.astype(text.dtype), text))
     if not self.config.projector.image_newline:
       return embeddings
     newline = self.projector.image_newline[...].astype(text.dtype)

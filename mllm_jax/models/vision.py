@@ -9,6 +9,7 @@ from mllm_jax.config import ConfigError, VisionConfig
 from mllm_jax.models import attention as attention_lib
 from mllm_jax.models import flat
 from mllm_jax.models.layers import LayerNorm, Linear, normal, stack
+from mllm_jax.sharding import rows_only
 
 ACTIVATIONS = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -114,7 +115,7 @@ class VisionTower(nnx.Module):
       x = self.pre_norm(x)
     run = lambda layer, x: layer(x, lengths, self.attention)
     run = jax.checkpoint(run) if self.remat else run
-    x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers)
+    x, _ = jax.lax.scan(lambda x, layer: (rows_only(run(layer, x)), None), rows_only(x), self.layers)
     return x[:, before:].reshape(*axes, config.width)
 
   def _positions(self, grids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:

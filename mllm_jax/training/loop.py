@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mllm_jax import distributed, sharding
+from mllm_jax import chips, distributed, sharding
 from mllm_jax.batch import Batch
 from mllm_jax.config import Config, StageConfig
 from mllm_jax.data.records import DataError
@@ -75,11 +75,11 @@ def run_steps(
     try:
       ids, batch, verdict = fetch()
       while done < steps and not verdict():
-        placed, taken = sharding.to_device(batch, mesh, leading=1), ids
+        placed, taken, work = sharding.to_device(batch, mesh, leading=1), ids, reporter.flops(batch)
         ids, batch, verdict = fetch()  # before the step is handed over: see Flags
         state, numbers = train_step(state, frozen, placed)
         done += 1
-        in_flight.append((done, taken, numbers))
+        in_flight.append((done, taken, numbers, work))
         settle(depth)
         if done % save_every == 0 and done < steps:
           save(state)
@@ -96,12 +96,24 @@ def run_steps(
 
 
 class Reporter:
-  """Shows and logs the numbers of finished steps: progress bar, metrics.jsonl, the ids of batches that went wrong."""
+  """Shows and logs the numbers of finished steps: progress bar, metrics.jsonl, the ids of batches that went wrong.
+
+  flops: the model FLOPs of a host batch, this process' rows of it.
+  """
 
   def __init__(
-    self, config: Config, name: str, stage: StageConfig, folder: Path, log: MetricsLog, start: int, steps: int
+    self,
+    config: Config,
+    name: str,
+    stage: StageConfig,
+    folder: Path,
+    log: MetricsLog,
+    start: int,
+    steps: int,
+    flops: Callable[[Any], float],
   ):
     self.config, self.name, self.folder, self.log, self.steps = config, name, folder, log, steps
+    self.flops = flops
     self.clock = Clock()
     self.bar = tqdm(
       total=steps, initial=start, desc=name, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True
@@ -113,11 +125,11 @@ class Reporter:
   def __exit__(self, *error) -> None:
     self.bar.close()
 
-  def settle(self, step: int, ids: list[str], numbers: dict[str, jax.Array]) -> None:
+  def settle(self, step: int, ids: list[str], numbers: dict[str, jax.Array], flops: float) -> None:
     """Waits for a step's numbers. Raises NotFinite after config.max_nonfinite bad steps in a row."""
     values: dict[str, Any] = {key: value.item() for key, value in jax.device_get(numbers).items()}
-    # With packed rows the other processes may have some more or fewer samples.
-    self.clock.tick(len(ids) * jax.process_count(), values["tokens"])
+    # The other processes may have some more or fewer samples, and shorter or longer ones.
+    self.clock.tick(len(ids) * jax.process_count(), values["tokens"], flops * jax.process_count())
     self.bar.update()
     bad = values["skipped_in_row"]
     if bad:
@@ -150,22 +162,36 @@ class Reporter:
       lr=f"{values['learning_rate']:.1e}",
       samples_per_s=f"{values['samples_per_s']:.1f}",
       tokens_per_s=f"{values['tokens_per_s']:.0f}",
+      **({"mfu": f"{values['mfu']:.1%}"} if "mfu" in values else {}),
     )
 
 
 class Clock:
-  """Samples and trained tokens a second since the rates were last asked for."""
+  """Samples, trained tokens and model FLOPs a second since the rates were last asked for.
+
+  tflops_per_s: of one chip, 10^12. mfu: that over what the chip can do at most in bfloat16, where that is known.
+  """
 
   def __init__(self):
-    self.since, self.samples, self.tokens = time.perf_counter(), 0, 0.0
+    chip = chips.lookup(jax.devices()[0].device_kind)
+    self.peak = chip.flops if chip else 0.0
+    self._restart()
 
-  def tick(self, samples: int, tokens: float) -> None:
+  def _restart(self) -> None:
+    self.since, self.samples, self.tokens, self.flops = time.perf_counter(), 0, 0.0, 0.0
+
+  def tick(self, samples: int, tokens: float, flops: float) -> None:
     self.samples += samples
     self.tokens += tokens
+    self.flops += flops
 
   def rates(self) -> dict[str, float]:
-    now = time.perf_counter()
-    seconds = max(now - self.since, 1e-9)
-    rates = {"samples_per_s": self.samples / seconds, "tokens_per_s": self.tokens / seconds}
-    self.since, self.samples, self.tokens = now, 0, 0.0
-    return rates
+    seconds = max(time.perf_counter() - self.since, 1e-9)
+    speed = self.flops / seconds / jax.device_count()
+    rates = {
+      "samples_per_s": self.samples / seconds,
+      "tokens_per_s": self.tokens / seconds,
+      "tflops_per_s": speed / 1e12,
+    }
+    self._restart()
+    return rates | ({"mfu": speed / self.peak} if self.peak else {})
