@@ -16,7 +16,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-BATCHINGS = ("fixed", "group", "pack")
 ANY_ASPECT = ("hiwin", "uhd_v1", "mlp144")  # the projectors that take images of any shape
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -320,12 +319,13 @@ class MeshConfig:
 
 @recipe
 class EvaluationConfig:
-  """Questions asked after each stage: a LLaVA JSON whose samples may name a "category". An empty path asks none."""
+  """Questions asked after a stage: a LLaVA JSON whose samples may name a "category". An empty path asks none."""
 
   path: str = ""
   image_folder: str = ""
   batch_size: int = 64
   max_new_tokens: int = 16
+  stages: str = "pretrain,finetune"  # that are followed by the questions
   blank: bool = True  # ask again with the pictures blanked, to see what the text alone gives
 
 
@@ -388,24 +388,6 @@ def check_types(config: Any, where: str = "config") -> None:
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
       raise ConfigError(f"{field} must be of type {kind.__name__}, and is {value!r}")
-
-
-def check_batching(data: DataConfig, where: str = "data") -> None:
-  """Raises ConfigError where the fields of batching do not go together."""
-  if data.batching not in BATCHINGS:
-    raise ConfigError(f"{where}.batching={data.batching!r} is unknown; known: {', '.join(BATCHINGS)}")
-  if data.buckets and data.batching != "group":
-    raise ConfigError(f"{where}.buckets={data.buckets} are for batching=group, and batching is {data.batching!r}")
-  growing = all(isinstance(b, int) and b > a for a, b in zip((0, *data.buckets), data.buckets))
-  if data.buckets and (not growing or data.buckets[-1] != data.max_length):
-    raise ConfigError(
-      f"{where}.buckets={data.buckets} must be numbers that grow, and the last one max_length={data.max_length}"
-    )
-  if data.row_length and (data.batching != "pack" or data.row_length < data.max_length):
-    raise ConfigError(
-      f"{where}.row_length={data.row_length} is for batching=pack, with max_length={data.max_length} or more; "
-      "0 takes twice max_length"
-    )
 
 
 def _frozen(value: Any) -> Any:

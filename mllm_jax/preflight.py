@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from mllm_jax import places
-from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig, VdimStage, check_batching
+from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig, VdimStage
+from mllm_jax.data.batching import check_batching
 from mllm_jax.weights.known import lookup
 
 COCO = "curl -LO http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip -d"
@@ -54,6 +55,9 @@ def stage_names(config: Config) -> list[str]:
   names = [name.strip() for name in config.stages.split(",") if name.strip()]
   if not names or names != [name for name in STAGES if name in names]:
     raise ConfigError(f"stages={config.stages!r} must be some of {','.join(STAGES)}, in this order")
+  unknown = set(config.evaluation.stages.split(",")) - {"pretrain", "finetune"}
+  if unknown:
+    raise ConfigError(f"evaluation.stages={config.evaluation.stages!r} must be pretrain, finetune or both by a comma")
   return names
 
 

@@ -180,7 +180,8 @@ def train_stage(run) -> None:
   state = run.train(train_step, state, frozen, batches, count_flops)
 
   # ---- evaluation ----------------------------------------------------------------------------------------------------
-  if config.evaluation.path and not distributed.first_says((run.folder / EVALUATION).is_file()):
+  asked = config.evaluation.path and name in config.evaluation.stages.split(",")
+  if asked and not distributed.first_says((run.folder / EVALUATION).is_file()):
     model = parameters.unflatten(graphdef, {**frozen, **state.trainable})
     evaluate(run, model, processor, int(state.step))
 

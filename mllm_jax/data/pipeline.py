@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from mllm_jax.batch import Batch
-from mllm_jax.config import ConfigError, DataConfig, check_batching
+from mllm_jax.config import ConfigError, DataConfig
 from mllm_jax.data.bad_samples import BadSamples
+from mllm_jax.data.batching import check_batching
 from mllm_jax.data.lengths import LengthTable
 from mllm_jax.data.order import FixedOrder, GroupedOrder, Order, PackedOrder
 from mllm_jax.data.processor import Processor, Row

@@ -29,7 +29,7 @@ class MetricsLog(NoLog):
     from tensorboardX import SummaryWriter
 
     self.path = Path(folder) / "metrics.jsonl"
-    self.file = open(self.path, "a", encoding="utf-8")
+    self.path.touch()
     self.writer = SummaryWriter(str(Path(folder) / "tensorboard"))
     self.wandb = None
     if wandb_project:
@@ -43,8 +43,9 @@ class MetricsLog(NoLog):
 
   def write(self, row: dict[str, Any]) -> None:
     """One row; `stage` and `step` say where it belongs."""
-    self.file.write(json.dumps(row) + "\n")
-    self.file.flush()
+    # Closed each time: a mounted bucket keeps what was closed, and a machine may be taken away at any moment.
+    with open(self.path, "a", encoding="utf-8") as file:
+      file.write(json.dumps(row) + "\n")
     numbers = {f"{row['stage']}/{key}": value for key, value in row.items() if key not in ("stage", "step")}
     for key, value in numbers.items():
       self.writer.add_scalar(key, value, row["step"])
@@ -57,7 +58,6 @@ class MetricsLog(NoLog):
     A run that was killed has logged steps after its last checkpoint, and is about to log them again. The new file is
     written beside the old one and renamed.
     """
-    self.file.close()
     kept = []
     for line in self.path.read_text(encoding="utf-8").splitlines():
       try:
@@ -69,10 +69,8 @@ class MetricsLog(NoLog):
     partial = self.path.with_suffix(".partial")
     partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(partial, self.path)
-    self.file = open(self.path, "a", encoding="utf-8")
 
   def close(self) -> None:
-    self.file.close()
     self.writer.close()
     if self.wandb is not None:
       self.wandb.finish()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from known_samples import N, T, arrays, assert_same
 
-from mllm_jax.config import ConfigError, DataConfig, VisionConfig, check_batching
+from mllm_jax.config import ConfigError, DataConfig, VisionConfig
 from mllm_jax.data import lengths
 from mllm_jax.data.aspects import Square
+from mllm_jax.data.batching import check_batching
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor, Row
 from mllm_jax.data.records import DataError
