@@ -1,13 +1,17 @@
 """Eight fake CPU devices, and products in full float32, for every test."""
 
 import os
+import tempfile
+
+from processes import xla_flags
 
 # Both must be set before jax starts its backends.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a test's time would go into optimising code that runs once or twice.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+# What one test has compiled, another takes, also in another process: the folder lasts as long as the first of them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  compiled = tempfile.TemporaryDirectory(prefix="mllm_jax_compiled_", ignore_cleanup_errors=True)
+  os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax  # noqa: E402
 

@@ -16,14 +16,15 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from PIL import Image
+from processes import xla_flags
 
 import mllm_jax
 from mllm_jax import build, train
 
 REPOSITORY = Path(__file__).parents[1]
-# One device, and little time spent on optimising code; the same for all runs, as losses are compared to the last bit.
+# One device; the same for all runs, as losses are compared to the last bit.
 ENVIRONMENT = os.environ | {
-  "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  "XLA_FLAGS": xla_flags(1),
   "PYTHONPATH": str(REPOSITORY),
   "JAX_PLATFORMS": "cpu",
 }

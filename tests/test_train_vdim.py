@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from processes import xla_flags
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -61,14 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def start(folder: Path, workdir: Path, *options: str) -> subprocess.Popen:
-  # One device, and what one run has compiled the others take: all of them run the same program.
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "PYTHONPATH": str(REPOSITORY),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-  }
+  environment = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "mllm_jax.train", f"--config={folder / 'recipe.py'}", f"--workdir={workdir}"]
   return subprocess.Popen(
     command + list(options), env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

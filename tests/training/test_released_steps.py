@@ -42,7 +42,7 @@ def golden_batch(golden) -> Batch:
   return Batch(*(np.stack(field) for field in zip(*rows)), patches=patchify(pixels, 14), grids=grids)
 
 
-@pytest.mark.parametrize("case", ["stage1_wd0.0", "stage2_wd0.0", "stage2_wd0.1"])
+@pytest.mark.parametrize("case", ["stage1_wd0.0", pytest.param("stage2_wd0.0", marks=pytest.mark.long), "stage2_wd0.1"])
 def test_losses_gradient_norms_and_parameters_of_six_steps(case):
   expected, golden, adapters = (
     STEPS[case],
