@@ -307,6 +307,9 @@ class MeshConfig:
 
   The dcn_ fields are slices along each axis, which is as many times as long then: slices are joined by a data centre's
   network, over which the batch is best split and parameters are not gathered. On one slice they are 1.
+
+  cpu_devices: as how many devices a CPU counts, where there is no accelerator; 0: as many as XLA_FLAGS say, or one.
+    XLA works on most of a small model's step with one core a device.
   """
 
   data: int = 1
@@ -315,6 +318,7 @@ class MeshConfig:
   dcn_data: int = -1
   dcn_fsdp: int = 1
   dcn_tensor: int = 1
+  cpu_devices: int = 0
 
 
 @recipe

@@ -12,6 +12,7 @@ JAX_PROCESS_ID. Only process 0 prints and writes what is not a checkpoint's; a s
 
 import dataclasses
 import json
+import os
 import sys
 import time
 import traceback
@@ -47,6 +48,8 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   stop = Stop()
 
   # ---- devices -------------------------------------------------------------------------------------------------------
+  if config.mesh.cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
   mesh = sharding.make_mesh(config.mesh)
   shares = sharding.row_share(mesh, jax.process_index())[1]
   for name in names:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tiny
 from processes import xla_flags
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mllm_jax import build, parameters, preflight, recipes, sharding, train, train_vdim
@@ -105,8 +104,7 @@ def test_a_whole_run(finished):
   report = (workdir / "report.html").read_text()
   assert "Reconstruction at 2x" in report and "1 views of each image" in report
   file = workdir / "vdim" / "vdim.safetensors"
-  with safe_open(file, "np") as opened:
-    about = opened.metadata()
+  about = vdim_file.about(file)
   assert about["levels"] == "1" and about["width"] == "16" and about["tower"].startswith("clip ")
   arrays = load_file(file)
   assert all(name.startswith("projector/pyramid/") and x.dtype == np.float32 for name, x in arrays.items())

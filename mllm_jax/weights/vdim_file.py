@@ -3,6 +3,7 @@
 A run has one in its folder, WORKDIR/vdim/vdim.safetensors, from which all of its later stages read their VDIM.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from mllm_jax.weights.errors import WeightsError
 from mllm_jax.weights.io import open_weights
 
 PATH = "projector/pyramid/"  # what its parameters' paths begin with
+ABOUT = "mllm_jax vdim"
 FILE = Path("vdim") / "vdim.safetensors"
 
 
@@ -22,13 +24,17 @@ def in_run(workdir: str | Path) -> Path:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
-  """Writes parameters by their paths as float32, beside and then renamed. texts: stand in the file, see `about`."""
+  """Writes parameters by their paths as float32, beside and then renamed. texts: stand in the file, see `about`.
+
+  The same content gives the same bytes, and so the same fingerprint: safetensors puts several texts in any order, so
+  they are one.
+  """
   from safetensors.numpy import save_file
 
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
   whole = {name: np.asarray(array, np.float32, order="C") for name, array in sorted(arrays.items())}
-  save_file(whole, partial, metadata={"format": "mllm_jax vdim", **texts})
+  save_file(whole, partial, metadata={ABOUT: json.dumps(dict(texts), sort_keys=True)})
   os.replace(partial, path)
 
 
@@ -37,7 +43,7 @@ def about(path: Path) -> dict[str, str]:
   from safetensors import safe_open
 
   with safe_open(path, "np") as file:
-    return file.metadata() or {}
+    return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
 
 
 def read(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -40,13 +40,17 @@ CASES = {
   "spatial, adapters": (SPATIAL, LORA, recipes.parameter_table(1e-3, 1e-3)),
   "mlp, everything": (ProjectorConfig(kind="mlp2x_gelu"), LoraConfig(), ((".*", 1e-3),)),
   "hiwin on deconvolution, frozen towers": (DECONV, LoraConfig(), recipes.uhd_table(DECONV, 1e-3)),
-  "uhd_v1, everything": (V1, LoraConfig(), recipes.uhd_table(V1, 1e-3, others=1e-3)),
+  "uhd_v1, everything": (V1, LoraConfig(), recipes.uhd_table(V1, 1e-3, vision=1e-3, decoder=1e-3)),
 }
 LONG = {
-  "hiwin on deconvolution, everything": (DECONV, LoraConfig(), recipes.uhd_table(DECONV, 1e-3, others=1e-3)),
+  "hiwin on deconvolution, everything": (
+    DECONV,
+    LoraConfig(),
+    recipes.uhd_table(DECONV, 1e-3, vision=1e-3, decoder=1e-3),
+  ),
   "hiwin on VDIM, frozen towers": (VDIM, LoraConfig(), recipes.uhd_table(VDIM, 1e-3)),
-  "hiwin on VDIM, all but VDIM": (VDIM, LoraConfig(), recipes.uhd_table(VDIM, 1e-3, others=1e-3)),
-  "mlp144, everything": (MLP144, LoraConfig(), recipes.uhd_table(MLP144, 1e-3, others=1e-3)),
+  "hiwin on VDIM, all but VDIM": (VDIM, LoraConfig(), recipes.uhd_table(VDIM, 1e-3, vision=1e-3, decoder=1e-3)),
+  "mlp144, everything": (MLP144, LoraConfig(), recipes.uhd_table(MLP144, 1e-3, vision=1e-3, decoder=1e-3)),
 }
 ROWS, PLACES = 2, 128
 
