@@ -204,7 +204,7 @@ def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
       # At 3e-3, as for the other projectors, all tokens become the same within some steps, and stay so.
       parameters=uhd_table(projector, 7e-4),
       batch_size=8,
-      steps=800,
+      steps=600,
     ),
     finetune=dataclasses.replace(
       base.finetune,
@@ -212,7 +212,7 @@ def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
       lora=LoraConfig(),
       parameters=uhd_table(projector, 5e-4, vision=1e-4, decoder=7e-4),
       batch_size=4,  # rows of two or three conversations
-      steps=200,
+      steps=170,
     ),
     # Two halves of a batch side by side, on a core each: twice as fast as both on two.
     mesh=MeshConfig(data=-1, fsdp=1, cpu_devices=2),

@@ -67,7 +67,7 @@ TRACED = [
 @pytest.mark.parametrize("path, variant", TRACED, ids=lambda part: getattr(part, "stem", part))
 def test_both_stages_trace_at_full_size(path, variant):
   config = load(path, variant)
-  mesh = sharding.make_mesh(config.mesh, jax.devices())
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[: config.mesh.cpu_devices or None])
   for name in preflight.stage_names(config):
     if name == "vdim":
       trace_vdim(config, jax.devices()[: 1 if variant else 8])

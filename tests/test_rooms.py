@@ -59,7 +59,7 @@ ALLOWED = {
   "data_commands": {"batch", "build", "command_line", "config", "data", "demo", "page", "preflight", "weights"},
   "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
   "recipes": {"config"},
-  "preflight": {"config", "places", "weights"},
+  "preflight": {"config", "data", "places", "weights"},
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "places", "sharding", "training", "weights"},
   "inspection": {"batch", "build", "config", "models", "parameters", "places", "weights"},

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from mllm_jax.compilation import topologies
 from mllm_jax.compilation.report import StageReport, compile_stage, gib
 from mllm_jax.config import Config, ConfigError, MeshConfig
+from mllm_jax.sharding import AXES
 
 REMATS = ("none", "named", "full")  # from the fewest FLOPs to the least memory
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -79,11 +80,7 @@ def overrides(report: StageReport) -> str:
   """The options that make a recipe so."""
   settings = report.settings
   return " ".join(
-    [
-      f"--config.mesh.{field}={value}"
-      for field, value in settings["mesh_config"].items()
-      if not field.startswith("dcn")
-    ]
+    [f"--config.mesh.{axis}={settings['mesh_config'][axis]}" for axis in AXES]
     + [f"--config.model.remat={settings['remat']}"]
     + [f"--config.{report.stage}.accumulation={settings['accumulation']}"]
   )
