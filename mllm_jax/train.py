@@ -164,16 +164,8 @@ def train_stage(run) -> None:
   count_flops = flops.counter(model_config, shapes, rates)
   del flat, trainable, given
   make_step = step_lib.BucketedStep if stage.data.batching == "group" else step_lib.make_step
-  train_step = make_step(
-    graphdef,
-    stage,
-    trained_rates,
-    batches.steps,
-    config.seed,
-    mesh,
-    optimizer,
-    step_lib.state_shardings(optimizer, state.trainable, mesh),
-  )
+  shardings = step_lib.state_shardings(optimizer, state.trainable, mesh)
+  train_step = make_step(graphdef, stage, trained_rates, batches.steps, config.seed, mesh, optimizer, shardings)
 
   # ---- the loop ------------------------------------------------------------------------------------------------------
   run.begin(batches, "samples", f"{stage.batch_size}" + (" packed rows" if stage.data.batching == "pack" else ""))

@@ -11,7 +11,7 @@ import pytest
 
 from mllm_jax import build, parameters, preflight, recipes, sharding
 from mllm_jax.compilation import abstract_step
-from mllm_jax.config import Config, ConfigError, from_dict, to_dict
+from mllm_jax.config import Config, ConfigError, DataConfig, ModelConfig, StageConfig, from_dict, to_dict
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import abstract
 
@@ -84,6 +84,12 @@ def test_both_stages_trace_at_full_size(path, variant):
       )
     assert_traces(step)
     assert stage.data.max_length > projectors.tokens_per_crop(model)
+
+
+@pytest.mark.parametrize("row_length, places", [(0, 256), (384, 384)])
+def test_packed_rows_are_compiled_as_long_as_they_are_trained(row_length, places):
+  stage = StageConfig(data=DataConfig(batching="pack", max_length=128, row_length=row_length), batch_size=6)
+  assert abstract_step.batch(ModelConfig(), stage).tokens.shape == (1, 6, places)
 
 
 def assert_traces(step: abstract_step.AbstractStep) -> None:

@@ -159,6 +159,7 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--nope=3"], "Unknown command line flag 'nope'"),
     (["stray"], "'stray' is no option"),
     (["--config.stages=finetune,pretrain"], "must be some of vdim,pretrain,finetune, in this order"),
+    (["--config.evaluation.stages=vdim"], "evaluation.stages='vdim' must be pretrain, finetune"),
     (["--config.stages=finetune"], "run --config.stages=pretrain first"),
     (["--config.pretrain.batch_size=9"], "pretrain.batch_size=9 does not divide"),
     (["--config.mesh.fsdp=3"], "does not make up the 8 devices"),

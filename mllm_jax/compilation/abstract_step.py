@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mllm_jax import build, parameters, preflight, sharding
 from mllm_jax.batch import Batch
 from mllm_jax.config import Config, ModelConfig, ModelRecipe, StageConfig, VdimStage, VisionConfig
+from mllm_jax.data.batching import packed_length
 from mllm_jax.data.image_batches import ImageBatch
 from mllm_jax.models.mllm import abstract
 from mllm_jax.training import optimizer as optimizer_lib
@@ -58,22 +60,12 @@ def _language(config: Config, name: str, stage: StageConfig, mesh: Mesh) -> Abst
   model = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
   graphdef, shapes = parameters.flatten(abstract(model))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
-  flat = _placed(shapes, config.model, rates, mesh)
-  trainable = {path: x for path, x in flat.items() if rates[path]}
-  optimizer = optimizer_lib.make(stage, trainable)
-  shardings = step_lib.state_shardings(optimizer, trainable, mesh)
-  step = step_lib.make_step(
-    graphdef, stage, {path: rates[path] for path in trainable}, SCHEDULE_STEPS, config.seed, mesh, optimizer, shardings
+  trained = {path: rate for path, rate in rates.items() if rate}
+  optimizer = optimizer_lib.make(stage, trained)
+  make_step = lambda shardings: step_lib.make_step(
+    graphdef, stage, trained, SCHEDULE_STEPS, config.seed, mesh, optimizer, shardings
   )
-  return AbstractStep(
-    step,
-    _state(optimizer, trainable, shardings, mesh),
-    {path: x for path, x in flat.items() if not rates[path]},
-    _laid_out(batch(model, stage), mesh),
-    flat,
-    rates,
-    mesh,
-  )
+  return _assembled(shapes, rates, config.model, optimizer, make_step, batch(model, stage), mesh)
 
 
 def _vdim(config: Config, mesh: Mesh) -> AbstractStep:
@@ -81,26 +73,33 @@ def _vdim(config: Config, mesh: Mesh) -> AbstractStep:
   make = lambda: vdim_step.make_model(vision, config.model.projector, stage, config.model.dtype, nnx.Rngs(0))
   graphdef, shapes = parameters.flatten(nnx.eval_shape(make))
   rates = {path: stage.learning_rate if vdim_step.is_trained(path) else 0.0 for path in shapes}
-  flat = _placed(shapes, config.model, rates, mesh)
-  trainable = {path: x for path, x in flat.items() if rates[path]}
   optimizer = vdim_step.make_optimizer(stage)
+  make_step = lambda shardings: vdim_step.make_step(graphdef, stage, config.seed, mesh, optimizer, shardings)
+  return _assembled(shapes, rates, config.model, optimizer, make_step, image_batch(vision, stage), mesh)
+
+
+def _assembled(
+  shapes: dict,
+  rates: dict[str, float],
+  recipe: ModelRecipe,
+  optimizer: optax.GradientTransformation,
+  make_step: Callable,
+  batch: Any,
+  mesh: Mesh,
+) -> AbstractStep:
+  """`make_step` gives the compiled function from the state's shardings."""
+  flat = _placed(shapes, recipe, rates, mesh)
+  trainable = {path: x for path, x in flat.items() if rates[path]}
+  frozen = {path: x for path, x in flat.items() if not rates[path]}
   shardings = step_lib.state_shardings(optimizer, trainable, mesh)
-  step = vdim_step.make_step(graphdef, stage, config.seed, mesh, optimizer, shardings)
-  return AbstractStep(
-    step,
-    _state(optimizer, trainable, shardings, mesh),
-    {path: x for path, x in flat.items() if not rates[path]},
-    _laid_out(image_batch(vision, stage), mesh),
-    flat,
-    rates,
-    mesh,
-  )
+  state = _state(optimizer, trainable, shardings, mesh)
+  return AbstractStep(make_step(shardings), state, frozen, _laid_out(batch, mesh), flat, rates, mesh)
 
 
 def batch(model: ModelConfig, stage: StageConfig) -> Batch:
   """Shapes of a step's batch [A, B, ...]; of "group", of one whose micro-batches all have the longest bucket."""
   data, vision = stage.data, model.vision
-  places = (data.row_length or data.max_length) if data.batching == "pack" else data.max_length
+  places = packed_length(data) if data.batching == "pack" else data.max_length
   rows = (stage.accumulation, stage.batch_size // stage.accumulation)
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct((*rows, *dims), dtype)
   ids = ("tokens", "targets", "segment_ids", "positions", "visual_index")

@@ -5,6 +5,11 @@ from mllm_jax.config import ConfigError, DataConfig
 BATCHINGS = ("fixed", "group", "pack")
 
 
+def packed_length(data: DataConfig) -> int:
+  """Places of a packed row."""
+  return data.row_length or 2 * data.max_length
+
+
 def check_batching(data: DataConfig, where: str = "data") -> None:
   """Raises ConfigError where the fields of batching do not go together."""
   if data.batching not in BATCHINGS:

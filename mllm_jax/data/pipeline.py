@@ -13,7 +13,7 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.config import ConfigError, DataConfig
 from mllm_jax.data.bad_samples import BadSamples
-from mllm_jax.data.batching import check_batching
+from mllm_jax.data.batching import check_batching, packed_length
 from mllm_jax.data.lengths import LengthTable
 from mllm_jax.data.order import FixedOrder, GroupedOrder, Order, PackedOrder
 from mllm_jax.data.processor import Processor, Row
@@ -219,8 +219,7 @@ def make_order(
     raise ValueError(f"batching={data.batching!r} needs the lengths of all {count} samples")
   if data.batching == "group":
     return GroupedOrder(lengths, data.max_length, data.buckets, batch_size, accumulation, epochs, steps, seed)
-  row_length = data.row_length or 2 * data.max_length
-  return PackedOrder(lengths, data.max_length, row_length, data.max_images, batch_size, epochs, steps, seed)
+  return PackedOrder(lengths, data.max_length, packed_length(data), data.max_images, batch_size, epochs, steps, seed)
 
 
 def _batch(rows: Iterator[Row], shape: tuple[int, int]) -> Batch:
