@@ -52,8 +52,8 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """text: without what ended it. ids: the tokens, up to and without the end-of-sequence token; where a stop text ended
-  the answer, with the tokens that it stood in. finish_reason: "stop" (the model or a stop text ended it) or "length"."""
+  """text: without what ended it. ids: the tokens up to and without the end-of-sequence token; where a stop text ended
+  it, with the tokens that it stood in. finish_reason: "stop" (the model or a stop text ended it) or "length"."""
 
   text: str
   ids: tuple[int, ...]
