@@ -77,6 +77,7 @@ ALLOWED = {
   "visualization": {"batch", "config", "data", "models", "page"},
   "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
   "generate": {"build", "command_line", "config", "data", "inference", "places", "training", "weights"},
+  "lmms_eval": {"build", "config", "data", "distributed", "inference", "sharding"},
   "train": {
     "build",
     "command_line",
