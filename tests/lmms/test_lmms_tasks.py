@@ -251,7 +251,7 @@ def test_answers_are_the_same_at_any_batch_size_and_as_without_lmms_eval(clones,
   assert len(set(whole)) == 6 and any(UNTIL in text for text in whole)
   assert [alone["pope_until", i] for i in range(6)] == [text.split(UNTIL)[0].strip() for text in whole]
   assert all(alone["pope_drawn", i] != text for i, text in enumerate(whole))
-  assert len({alone["seedbench_local", i] for i in range(4)}) == 4
+  assert len({alone["seedbench_local", i] for i in range(4)}) > 2
 
 
 # ---- the adapter itself ----------------------------------------------------------------------------------------------
