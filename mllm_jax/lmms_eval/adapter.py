@@ -75,7 +75,7 @@ class Simple(lmms):
     if isinstance(pretrained, str):
       distributed.start()
       one = data == fsdp == tensor == 1 and jax.process_count() == 1
-      mesh = None if one else sharding.make_mesh(MeshConfig(data, fsdp, tensor))
+      mesh = None if one else sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
       model, processor = load(pretrained, mesh, dtype, **parts)
       pretrained = Engine(model, processor, rows=int(batch_size), mesh=mesh)
     self.engine = pretrained

@@ -23,6 +23,7 @@ from lmms_eval.tasks import TaskManager  # noqa: E402
 from loguru import logger  # noqa: E402
 
 import mllm_jax  # noqa: E402
+from mllm_jax.lmms_eval import adapter as adapter_lib  # noqa: E402
 from mllm_jax.lmms_eval.adapter import Chat, Simple  # noqa: E402
 
 PACKAGED = Path(lmms_eval.__file__).parent / "tasks"
@@ -318,6 +319,23 @@ def test_a_document_that_cannot_be_asked_is_named(processor):
     adapter.generate_until([request])
   with pytest.raises(NotImplementedError, match="films ranks given answers"):
     adapter.loglikelihood([request])
+
+
+@pytest.mark.parametrize("axes, shape", [("", None), (",fsdp=2,tensor=4", (1, 2, 4))])
+def test_a_model_lies_on_the_mesh_that_is_asked_for(monkeypatch, axes, shape):
+  """On the tests' eight devices; options of `load` are passed on."""
+  asked = {}
+
+  def load(path, mesh, dtype, **parts):
+    asked.update(mesh=mesh, dtype=dtype, parts=parts)
+    return "model", "processor"
+
+  monkeypatch.setattr(adapter_lib, "load", load)
+  monkeypatch.setattr(adapter_lib, "Engine", lambda *made, rows, mesh: (*made, rows, mesh))
+  adapter = Simple.create_from_arg_string(f"pretrained=folder,template=chatml{axes}", {"batch_size": "3"})
+  assert adapter.engine == ("model", "processor", 3, asked["mesh"])
+  assert asked["dtype"] is None and asked["parts"] == {"template": "chatml"}
+  assert asked["mesh"] is None if shape is None else asked["mesh"].devices.shape == shape
 
 
 def test_the_plugin_names_both_forms():
