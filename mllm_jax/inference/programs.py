@@ -85,10 +85,11 @@ class Programs:
   def _chosen(self, logits, draws, candidates):
     """(next tokens [B], (log probabilities, tokens) of the likeliest [B, candidates] or None where that is 0)."""
     logits = self._whole(logits)
-    tokens = sample(logits, draws)
+    tokens = self._whole(sample(logits, draws))
     if not candidates:
       return tokens, None
-    return tokens, jax.lax.top_k(jax.nn.log_softmax(logits), min(candidates, logits.shape[-1]))
+    likeliest = jax.lax.top_k(jax.nn.log_softmax(logits), min(candidates, logits.shape[-1]))
+    return tokens, tuple(map(self._whole, likeliest))
 
   def _resize(self, cache, rows: int, places: int):
     """A cache of so many rows and places, with what fits of the given one."""

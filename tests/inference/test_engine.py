@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import free_port
 from tiny_models import GOLDENS, RELEASED, TINY, Plain, prompt
 
 from mllm_jax import parameters
@@ -293,3 +294,19 @@ def test_same_answers_on_eight_devices():
   code = ON_A_MESH.format(folder=os.path.dirname(__file__))
   done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.long
+def test_same_answers_in_two_processes():
+  port, folder = free_port(), os.path.dirname(__file__)
+  env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+  command = [sys.executable, f"{folder}/two_processes.py"]
+  pair = [
+    subprocess.Popen(
+      [*command, str(index), str(port)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for index in range(2)
+  ]
+  for process in pair:
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and "the same" in output, error[-3000:]
