@@ -114,10 +114,10 @@ class Simple(lmms):
     return results
 
   def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-    """Is not there: lmms-eval 0.7.3 turns what it returns into text before it is scored."""
+    """Is not implemented: lmms-eval 0.7.3 turns likelihoods into text before it scores them."""
     raise NotImplementedError(
-      f"{requests[0].task_name} ranks given answers by likelihood (output_type loglikelihood or multiple_choice), "
-      "which lmms-eval 0.7.3 cannot score for a model outside of it; run the task's variant that generates its answers"
+      f"{requests[0].task_name} ranks given answers by likelihood (output_type loglikelihood or multiple_choice), which "
+      "this model does not do; run the task's variant that has answers generated"
     )
 
   def _asked(self, context, kwargs, doc_to_visual, *rest) -> Asked:
