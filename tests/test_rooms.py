@@ -34,6 +34,8 @@ ALLOWED = {
   "compile": {"command_line", "compilation", "config", "preflight", "run_control", "weights"},
   "training": {"batch", "chips", "config", "data", "distributed", "models", "parameters", "run_control", "sharding"},
   "inference": {"batch", "config", "data", "models", "sharding"},
+  "benchmarks": {"config", "data", "inference", "page"},
+  "evaluate": {"benchmarks", "build", "command_line", "config", "data", "inference", "places"},
   "page": set(),
   "continuation": {"config", "sharding", "training"},
   "run_control": {"config", "data", "places", "training"},
