@@ -148,11 +148,15 @@ def parameters_of(model: Mllm, mesh: Mesh | None) -> tuple[Programs, parameters.
   decoder, own = parameters.flatten(model.decoder)
   layer, stacked = parameters.flatten(model.decoder.layers)
   programs = programs_for(graphdef, decoder, layer, mesh)
-  device = next(iter(flat["decoder/norm/scale"].devices()))
-  if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
+  if not _on_one_cpu(flat, mesh):
     return programs, flat, (own, None)
   rest = {path: x for path, x in own.items() if not path.startswith(LAYERS)}
   return programs, flat, jax.jit(_take_apart)(rest, stacked)
+
+
+def _on_one_cpu(flat: parameters.Flat, mesh: Mesh | None) -> bool:
+  devices = flat["decoder/norm/scale"].devices()
+  return mesh is None and len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _take_apart(rest: parameters.Flat, stacked: parameters.Flat) -> tuple[parameters.Flat, list[parameters.Flat]]:
