@@ -76,6 +76,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   for name in ("num_beams", "batch_size", "limit"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+  if args.num_beams > args.batch_size:
+    parser.error(f"--num_beams {args.num_beams} takes as many rows, and --batch_size is {args.batch_size}; raise it")
   args.benchmarks = [BENCHMARKS[name] for name in names]
   for benchmark in args.benchmarks:
     if benchmark.judge and not (args.judge_url and args.judge_model):
