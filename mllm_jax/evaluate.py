@@ -135,7 +135,7 @@ def describe(path: str) -> dict:
     hashed.update(f"{name} {shape} {stored.tensors.dtype(name)}".encode())
     hashed.update(stored.tensors.read(name, corner).tobytes())
     stored.tensors.release(name)
-  projector = stored.manifest.parts["projector"]
+  projector = stored.config().projector
   name = os.path.basename(os.path.normpath(path))
   padded = not (projector.any_aspect or projector.image_newline)
   return {"model": name, "fingerprint": hashed.hexdigest()[:16], "padded": padded}
@@ -239,6 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     evaluate(args)
   except (DataError, ConfigError, PlaceError, OSError) as error:
+    note(f"error: {error}")
+    return 2
+  except RuntimeError as error:
+    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
+
+    if not isinstance(error, CheckpointError):
+      raise
     note(f"error: {error}")
     return 2
   except KeyboardInterrupt:

@@ -66,7 +66,7 @@ ALLOWED = {
   "bench": {"batch", "config", "data", "models", "parameters", "recipes", "sharding", "training", "weights"},
   "convert": {"build", "command_line", "config", "data", "inspection", "places", "training", "weights"},
   "benchmarks": {"config", "data", "inference", "page"},
-  "evaluate": {"benchmarks", "build", "command_line", "config", "data", "inference", "places"},
+  "evaluate": {"benchmarks", "build", "command_line", "config", "data", "inference", "places", "training"},
   "visualization": {"batch", "config", "data", "models", "page"},
   "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
   "terminal": {"command_line", "config", "data", "inference", "places", "training"},

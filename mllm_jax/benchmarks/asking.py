@@ -56,8 +56,13 @@ def ask(
   with ThreadPoolExecutor(1) as reader:
     ahead = reader.submit(prepare, parts[0]) if parts else None
     for number, part in enumerate(parts, start=1):
-      requests = ahead.result()
+      requests, told = ahead.result(), 0
       ahead = reader.submit(prepare, parts[number]) if number < len(parts) else None
-      for question, answer in zip(part, engine.answer(requests), strict=True):
+
+      def tell(count: int, _: int):
+        nonlocal told
+        progress(count - told)
+        told = count
+
+      for question, answer in zip(part, engine.answer(requests, tell), strict=True):
         store.append({"id": question.id, "prompt": question.prompt, "text": answer.text.strip()})
-      progress(len(part))

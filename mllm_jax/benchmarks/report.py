@@ -1,6 +1,7 @@
 """What an evaluation found: report.json for programs, report.html for people, one file with its pictures inside."""
 
 import base64
+import collections
 import html
 import io
 import json
@@ -41,7 +42,8 @@ def write(folder: Path, model: str, settings: Mapping, scored: Sequence[Scored],
     "benchmarks": {entry.benchmark.name: _entry(entry) for entry in scored},
   }
   _replace(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-  body = [_header(model, settings, means, scored), _table(scored, others), *map(_section, scored)]
+  sections = {entry.benchmark.name: _section(entry) for entry in scored}
+  body = [_header(model, settings, means, scored), _table(scored, others, sections), *sections.values()]
   _replace(folder / "report.html", PAGE.format(title=escape(f"{model}: benchmarks"), style=STYLE, body="\n".join(body)))
 
 
@@ -92,7 +94,7 @@ def _header(model: str, settings: Mapping, means: Mapping[str, float], scored: S
   return f"<header><h1>{escape(model)}</h1><p class='note'>{escape(facts)}</p><div class='tiles'>{cards}</div></header>"
 
 
-def _table(scored: Sequence[Scored], others: Mapping[str, float]) -> str:
+def _table(scored: Sequence[Scored], others: Mapping[str, float], sections: Mapping[str, str]) -> str:
   rows = []
   for entry in scored:
     benchmark, summary = entry.benchmark, entry.summary
@@ -101,10 +103,12 @@ def _table(scored: Sequence[Scored], others: Mapping[str, float]) -> str:
       cell = f"<td class='note'>{escape(entry.submission)}</td>"
     else:
       cell = f"<td>{_bar(summary.score, benchmark.full)}</td>"
-    rows.append(
-      f"<tr><th scope='row'><a href='#{escape(benchmark.name)}'>{escape(benchmark.title)}</a></th>"
-      f"<td class='number'>{len(entry.results):,}{part}</td>{cell}<td class='note'>{escape(benchmark.metric)}</td></tr>"
+    title = escape(benchmark.title)
+    linked = f"<a href='#{escape(benchmark.name)}'>{title}</a>" if sections[benchmark.name] else title
+    cells = (
+      f"<td class='number'>{len(entry.results):,}{part}</td>{cell}<td class='note'>{escape(benchmark.metric)}</td>"
     )
+    rows.append(f"<tr><th scope='row'>{linked}</th>{cells}</tr>")
   for name, value in others.items():
     cells = f"<td class='number'>&ndash;</td><td>{_bar(value, 100)}</td><td class='note'>given by its server</td>"
     rows.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>")
@@ -129,7 +133,7 @@ def _number(value: float) -> str:
 
 def _section(entry: Scored) -> str:
   benchmark, summary = entry.benchmark, entry.summary
-  parts = [f"<h2>{escape(benchmark.title)}</h2><p class='note'>Asked: {escape(benchmark.prompt)}.</p>"]
+  parts = []
   if summary is not None and summary.details:
     facts = "".join(
       f"<div><dt>{escape(name)}</dt><dd>{_number(value)}</dd></div>" for name, value in summary.details.items()
@@ -148,7 +152,10 @@ def _section(entry: Scored) -> str:
     parts.append(
       f"<h3>{len(shown)} of {wrong:,} wrong answers</h3><div class='gallery'>{''.join(map(_card, shown))}</div>"
     )
-  return f"<section id='{escape(benchmark.name)}'>{''.join(parts)}</section>"
+  if not parts:
+    return ""
+  title = f"<h2>{escape(benchmark.title)}</h2><p class='note'>Asked: {escape(benchmark.prompt)}.</p>"
+  return f"<section id='{escape(benchmark.name)}'>{title}{''.join(parts)}</section>"
 
 
 def _failures(results: Sequence[Result]) -> list[Result]:
@@ -161,8 +168,7 @@ def _failures(results: Sequence[Result]) -> list[Result]:
 def _card(result: Result) -> str:
   question = result.question
   pictures = "".join(f"<img src='{_thumbnail(picture)}' alt=''>" for picture in question.images[:3])
-  gold = question.gold if isinstance(question.gold, str) else json.dumps(question.gold, ensure_ascii=False)
-  lines = [("answer", result.answer), ("gold", gold), ("verdict", result.verdict)]
+  lines = [("answer", result.answer), ("gold", _gold(question.gold)), ("verdict", result.verdict)]
   facts = "".join(
     f"<dt>{name}</dt><dd class='{name}'>{escape(_short(text)) or '<em>nothing</em>'}</dd>"
     for name, text in lines
@@ -171,6 +177,14 @@ def _card(result: Result) -> str:
   chip = f"<span class='chip'>{escape(question.category)}</span>" if question.category else ""
   asked = f"<p>{escape(_short(question.prompt))}</p>"
   return f"<article><div class='pictures'>{pictures}</div>{chip}{asked}<dl>{facts}</dl></article>"
+
+
+def _gold(gold) -> str:
+  """A gold answer as text; of many people's each once, with how many gave it."""
+  if isinstance(gold, list):
+    counts = collections.Counter(gold).most_common()
+    return ", ".join(f"{text} ({count})" if count > 1 else text for text, count in counts)
+  return gold if isinstance(gold, str) else json.dumps(gold)
 
 
 def _short(text: str) -> str:
@@ -208,7 +222,7 @@ th, td { text-align:left; padding:9px 16px; border-bottom:1px solid var(--line);
 thead th { color:var(--soft); font-size:.84rem; padding-block:7px } tbody tr:last-child > * { border-bottom:0 }
 .number { text-align:right; white-space:nowrap; font-variant-numeric:tabular-nums } .wide { width:45% }
 .score { display:flex; align-items:center; gap:12px }
-.score span { white-space:nowrap; font-variant-numeric:tabular-nums; min-width:4em; text-align:right }
+.score span { white-space:nowrap; font-variant-numeric:tabular-nums; min-width:6.4em; text-align:right }
 .bar { flex:1; min-width:90px; height:10px; border-radius:5px; background:var(--track) }
 .bar b { display:block; height:100%; border-radius:5px; background:var(--accent) }
 .facts { display:flex; flex-wrap:wrap; gap:10px 36px; margin:0 0 1.2rem }

@@ -37,6 +37,7 @@ class Engine:
     if self.stop_after is not None and len(self.asked) >= self.stop_after:
       raise KeyboardInterrupt
     self.asked += requests
+    progress(len(requests), len(requests))
     return [Answer(" Yes\n", (), "stop") for _ in requests]
 
 

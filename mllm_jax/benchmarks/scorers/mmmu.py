@@ -25,7 +25,10 @@ def choice(answer: str, options: Sequence[str], seed: str) -> str:
   "(B)" goes before " B ", and both before an option's words, which count in answers of more than five words. Of several
   found in the same way the last counts; of none a random one, seeded by `seed`.
   """
-  text = f" {answer.strip(ENDS)} "
+  text = answer
+  for mark in ENDS:
+    text = text.strip(mark)
+  text = f" {text} "
   letters = LETTERS[: len(options)]
   forms = [{letter: f"({letter})" for letter in letters}, {letter: f" {letter} " for letter in letters}]
   if len(text.split()) > 5:
