@@ -82,6 +82,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   for benchmark in args.benchmarks:
     if benchmark.judge and not (args.judge_url and args.judge_model):
       parser.error(f"--benchmark {benchmark.name} needs a judge; give --judge_url and --judge_model")
+  if args.model and "://" not in args.model and not os.path.isdir(args.model):
+    parser.error(f"--model {args.model}: no such folder; name a training run's --workdir, or a model's folder")
   if not os.path.isdir(args.data):
     parser.error(f"--data {args.data}: no such folder")
   return args

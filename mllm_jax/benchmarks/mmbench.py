@@ -67,6 +67,7 @@ def summarise(results: Sequence[Result]) -> Summary:
 def submit(results: Sequence[Result], source: Source, folder: Path, name: str) -> Path:
   """The file's rows in their order with a column of predictions behind the options, as the server wants them."""
   import openpyxl
+  from openpyxl.cell import WriteOnlyCell
 
   book = openpyxl.Workbook(write_only=True)
   sheet = book.create_sheet()
@@ -76,13 +77,16 @@ def submit(results: Sequence[Result], source: Source, folder: Path, name: str) -
   for result in results:
     cells = [result.question.facts["row"].get(column) for column in columns]
     cells[0] = int(cells[0])
-    sheet.append([_cell(cell) for cell in [*cells[:6], result.answer, *cells[6:]]])
+    cells = [WriteOnlyCell(sheet, _allowed(cell)) for cell in [*cells[:6], result.answer, *cells[6:]]]
+    for cell in cells[1:]:
+      cell.data_type = "s"  # "=..." would be a formula
+    sheet.append(cells)
   path = folder / f"{name}.xlsx"
   book.save(path)
   return path
 
 
-def _cell(value):
+def _allowed(value):
   """What a sheet can hold: control characters, which a model may write, are not allowed in it."""
   if not isinstance(value, str):
     return value

@@ -29,9 +29,9 @@ class Store:
       ended = whole.rfind(b"\n") + 1
       if ended < len(whole):
         os.truncate(path, ended)
-      self._read(whole[:ended].decode("utf-8").splitlines())
+      self._read(whole[:ended].split(b"\n")[:-1])
 
-  def _read(self, lines: list[str]) -> None:
+  def _read(self, lines: list[bytes]) -> None:
     if not lines:
       return
     try:
@@ -49,6 +49,6 @@ class Store:
     self.path.parent.mkdir(parents=True, exist_ok=True)
     new = not self.path.exists() or not self.path.stat().st_size
     lines = [*([self.head] if new else []), row]
-    with self.path.open("a", encoding="utf-8") as file:
-      file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with self.path.open("a", encoding="ascii") as file:
+      file.write("".join(json.dumps(line) + "\n" for line in lines))
     self.rows[row["id"]] = dict(row)

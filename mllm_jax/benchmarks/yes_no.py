@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mllm_jax.benchmarks.prompts import SHORT
-from mllm_jax.benchmarks.question import Benchmark, File, Question, Result, Summary, grouped
+from mllm_jax.benchmarks.question import Benchmark, File, Question, Result, Summary, grouped, percent
 from mllm_jax.benchmarks.scorers.yes_no import binary, mme_answer, pope_says_yes
 from mllm_jax.benchmarks.source import Source
 from mllm_jax.benchmarks.vqa import LLAVA
@@ -91,13 +91,15 @@ def _mme_question(text: str) -> str:
 
 def summarise_mme(results: Sequence[Result]) -> Summary:
   """The score of perception; a subtask's is its accuracy plus the share of pictures all whose questions are right."""
-  subtasks = {}
+  subtasks, details = {}, {}
   for category, group in grouped(results, lambda result: result.question.category).items():
     pictures = grouped(group, lambda result: result.question.facts["image"]).values()
-    both = statistics.fmean(all(result.credit for result in pair) for pair in pictures)
-    subtasks[category] = 100 * statistics.fmean(result.credit for result in group) + 100 * both
+    both = 100 * statistics.fmean(all(result.credit for result in pair) for pair in pictures)
+    details |= {f"{category} acc": percent(group), f"{category} acc+": both}
+    subtasks[category] = percent(group) + both
   total = lambda names: sum(subtasks.get(name, 0.0) for name in names)
-  return Summary(total(PERCEPTION), {"perception": total(PERCEPTION), "cognition": total(COGNITION)}, subtasks)
+  halves = {"perception": total(PERCEPTION), "cognition": total(COGNITION)}
+  return Summary(halves["perception"], halves | details, subtasks)
 
 
 POPE_FILES, MME_FILES = (POPE_ASKED, *POPE_LABELS.values(), POPE_PICTURES), (MME_ASKED, MME_FOLDER)

@@ -9,9 +9,12 @@ import numpy as np
 import published_files
 import pytest
 import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mllm_jax import evaluate
 from mllm_jax.benchmarks.catalogue import BENCHMARKS
+from mllm_jax.benchmarks.store import Store
 from mllm_jax.inference.requests import Answer
 
 MODEL = {"model": "sp", "fingerprint": "0123", "padded": True}
@@ -56,7 +59,12 @@ def run(tmp_path, engine, capsys):
   published_files.mme(tmp_path / "data")
 
   def call(*arguments, benchmark="pope"):
-    given = [f"--benchmark={benchmark}", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}", "--model=runs/sp"]
+    given = [
+      f"--benchmark={benchmark}",
+      f"--data={tmp_path / 'data'}",
+      f"--out={tmp_path / 'out'}",
+      f"--model={tmp_path}",
+    ]
     status = evaluate.main([*given, *arguments])
     return status, *capsys.readouterr()
 
@@ -81,6 +89,7 @@ def test_asks_scores_and_reports(run, engine, tmp_path):
   report = json.loads((tmp_path / "out/report.json").read_text())
   assert report["benchmarks"]["pope"]["score"] == pytest.approx(200 / 3)
   assert report["benchmarks"]["pope"]["details"]["random yes"] == 100
+  found = {"existence": 50, "code_reasoning": 50}
   assert report["benchmarks"]["mme"] | {"metric": "", "prompt": ""} == {
     "title": "MME perception",
     "metric": "",
@@ -89,8 +98,9 @@ def test_asks_scores_and_reports(run, engine, tmp_path):
     "of": 8,
     "score": 50,
     "highest": 2000,
-    "details": {"perception": 50, "cognition": 50},
-    "categories": {"existence": 50, "code_reasoning": 50},
+    "details": {"perception": 50, "cognition": 50}
+    | {f"{name} {kind}": value for name in found for kind, value in (("acc", 50), ("acc+", 0))},
+    "categories": found,
   }
   page = (tmp_path / "out/report.html").read_text()
   assert "POPE" in page and "6 of 6 wrong answers" in page and page.count("data:image/jpeg;base64,") == 6 + 4
@@ -165,16 +175,42 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(run, tmp_path, monkeyp
   assert status == 2 and "1 of 2 pictures are missing" in err
 
 
+def test_a_picture_that_cannot_be_read_is_named_and_what_was_answered_stays(run, tmp_path):
+  (tmp_path / "data/pope/val2014/p1.jpg").write_bytes(b"no picture")
+  status, _, err = run("--batch_size=1")
+  assert status == 2 and "question 2: image " in err and "p1.jpg" in err
+  published_files.put(tmp_path / "data/pope/val2014/p1.jpg", published_files.png())
+  assert run()[0] == 0
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(max_size=8), min_size=1, max_size=4), cut=st.floats(0, 1))
+def test_answers_cut_off_anywhere_are_a_beginning_that_goes_on(texts, cut, tmp_path):
+  path = tmp_path / "answers.jsonl"
+  path.unlink(missing_ok=True)
+  rows = [{"id": str(n), "text": text} for n, text in enumerate(texts)]
+  for row in rows:
+    Store(path, {"model": "m"}).append(row)
+  whole = path.read_bytes()
+  path.write_bytes(whole[: round(cut * len(whole))])
+  store = Store(path, {"model": "m"})
+  assert list(store.rows.values()) == rows[: len(store.rows)]
+  for row in rows[len(store.rows) :]:
+    store.append(row)
+  assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
     ([], "--benchmark is missing"),
     (["--benchmark=pope", "--data=.", "--out=x"], "--model is missing"),
-    (["--benchmark=pop", "--data=.", "--out=x", "--model=m"], "--benchmark pop: unknown; known: vqav2"),
-    (["--benchmark=pope", "--data=/no/such", "--out=x", "--model=m"], "--data /no/such: no such folder"),
-    (["--benchmark=pope", "--data=.", "--out=x", "--model=m", "--limit=0"], "--limit is 0"),
-    (["--benchmark=pope", "--data=.", "--out=x", "--model=m", "--num_beams=20"], "--num_beams 20 takes as many rows"),
-    (["--benchmark=mm_vet", "--data=.", "--out=x", "--model=m"], "needs a judge; give --judge_url"),
+    (["--benchmark=pope", "--data=.", "--out=x", "--model=/no/such"], "--model /no/such: no such folder"),
+    (["--benchmark=pop", "--data=.", "--out=x", "--model=."], "--benchmark pop: unknown; known: vqav2"),
+    (["--benchmark=pope", "--data=/no/such", "--out=x", "--model=."], "--data /no/such: no such folder"),
+    (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--limit=0"], "--limit is 0"),
+    (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--num_beams=20"], "--num_beams 20 takes as many rows"),
+    (["--benchmark=mm_vet", "--data=.", "--out=x", "--model=."], "needs a judge; give --judge_url"),
   ],
 )
 def test_arguments_that_cannot_work(arguments, message, capsys):

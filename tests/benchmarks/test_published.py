@@ -114,7 +114,14 @@ def test_prompts_are_those_of_the_papers(tmp_path):
 
 def test_summaries_hold_the_other_numbers_of_their_papers(tmp_path):
   mme = BENCHMARKS["mme"].summarise(results("mme", tmp_path, {"code_reasoning/0002.png 7": "Yes"})[1])
-  assert mme.details == {"perception": 200, "cognition": 125}
+  assert mme.details == {
+    "perception": 200,
+    "cognition": 125,
+    "existence acc": 100,
+    "existence acc+": 100,
+    "code_reasoning acc": 75,
+    "code_reasoning acc+": 50,
+  }
   assert mme.categories == {"existence": 200, "code_reasoning": 125}
   pope = BENCHMARKS["pope"].summarise(results("pope", tmp_path, {"0": "no"})[1])
   assert pope.categories == {"adversarial": pytest.approx(200 / 3), "popular": 100, "random": 100}
@@ -122,6 +129,8 @@ def test_summaries_hold_the_other_numbers_of_their_papers(tmp_path):
   mmbench = BENCHMARKS["mmbench_en_dev"].summarise(results("mmbench_en_dev", tmp_path, {"1000003": "A"})[1])
   assert mmbench.details == {"one pass": 100}
   assert mmbench.categories == {"object_localization": 0, "ocr": 100}
+  chartqa = BENCHMARKS["chartqa"].summarise(results("chartqa", tmp_path, {"0": "104"})[1])
+  assert chartqa.details == {"ANLS": pytest.approx(100 * (2 / 3 + 1) / 2)}
   mmvp = BENCHMARKS["mmvp"].summarise(results("mmvp", tmp_path, {"3": "(a)"})[1])
   assert mmvp.details == {"single questions": 75}
 
@@ -148,6 +157,8 @@ def test_files_for_servers(name, tmp_path):
   source = Source(tmp_path)
   questions = read_questions(benchmark, source)
   answers = {question.id: {"text": f"The answer {n}"} for n, question in enumerate(questions)}
+  if name.startswith("mmbench"):
+    answers[questions[1].id] = {"text": "=1+1\x08"}  # neither a formula nor a control character comes into a sheet
   answered = scoring.answered(benchmark, questions, answers)
   assert not benchmark.scored and all(result.credit is None for result in answered)
   path = benchmark.submission(answered, source, tmp_path)
@@ -162,7 +173,7 @@ def test_files_for_servers(name, tmp_path):
     rows = list(openpyxl.load_workbook(path).active.values)
     assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "split")
     assert rows[1] == (3, "Where?", "up", "down", "nan", "nan", "The answer 0", "dev")
-    assert len(rows) == 3
+    assert len(rows) == 3 and rows[2][6] == "=1+1"
 
 
 def test_what_is_missing_is_named_with_where_it_comes_from(tmp_path):
