@@ -6,6 +6,7 @@ OUT/report.html hold the scores, OUT/submissions the files for servers, OUT/verd
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -94,7 +95,7 @@ def read_questions(benchmark: Benchmark, source: Source) -> list[Question]:
   check(benchmark, source)
   try:
     questions = benchmark.read(source)
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except (LookupError, TypeError, ValueError, AttributeError, StopIteration, csv.Error) as error:
     files = ", ".join(file.pattern for file in benchmark.files)
     what = f"{type(error).__name__}: {error}"
     raise DataError(f"{benchmark.name}: {files} have not the published form ({what}); get them again") from error
@@ -125,12 +126,12 @@ def stored_head(path: Path) -> dict:
 
 
 def describe(path: str) -> dict:
-  """What tells a model from others before it is loaded: name, fingerprint of its parameters, and whether it sees
-  pictures padded to a square."""
+  """What tells a model from others before it is loaded: name, fingerprint of its parameters and its template, and
+  whether it sees pictures padded to a square."""
   from mllm_jax.build import open_any
 
   stored = open_any(path)
-  hashed = hashlib.sha256()
+  hashed = hashlib.sha256(stored.manifest.template.encode())
   for name in sorted(stored.tensors.names()):
     shape = stored.tensors.shape(name)
     corner = tuple(slice(0, min(side, 8)) for side in shape)
@@ -168,6 +169,9 @@ def collect(args: argparse.Namespace) -> dict[str, tuple[dict, list[Question], S
     beams = args.num_beams if old is None else old.get("beams")
     store = Store(predictions(args, benchmark), head(benchmark, questions, whose, beams))
     found[benchmark.name] = (whose, questions, store)
+  models = sorted({whose["fingerprint"] for whose, _, _ in found.values()})
+  if len(models) > 1:
+    raise ConfigError(f"--out {args.out} holds answers of {len(models)} models ({', '.join(models)}); score each alone")
   return found
 
 

@@ -147,6 +147,14 @@ def test_scores_again_without_a_model(run, engine, tmp_path, monkeypatch):
   assert status == 2 and "1 of 12 questions have no answer" in err
 
 
+def test_answers_of_two_models_are_not_scored_together(run, monkeypatch):
+  run()
+  monkeypatch.setattr(evaluate, "describe", lambda path: MODEL | {"fingerprint": "4567"})
+  run(benchmark="mme")
+  status, _, err = run("--score_only", benchmark="pope,mme")
+  assert status == 2 and "answers of 2 models (0123, 4567)" in err
+
+
 def test_a_limit_is_a_part_that_more_questions_can_follow(run, engine, tmp_path):
   assert run("--limit=4")[0] == 0 and len(engine.asked) == 4
   report = json.loads((tmp_path / "out/report.json").read_text())
