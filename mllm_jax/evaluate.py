@@ -95,7 +95,7 @@ def read_questions(benchmark: Benchmark, source: Source) -> list[Question]:
   check(benchmark, source)
   try:
     questions = benchmark.read(source)
-  except (LookupError, TypeError, ValueError, AttributeError, StopIteration, csv.Error) as error:
+  except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OSError, csv.Error) as error:
     files = ", ".join(file.pattern for file in benchmark.files)
     what = f"{type(error).__name__}: {error}"
     raise DataError(f"{benchmark.name}: {files} have not the published form ({what}); get them again") from error

@@ -139,9 +139,10 @@ def test_scores_again_without_a_model(run, engine, tmp_path, monkeypatch):
   run()
   monkeypatch.setattr(evaluate, "load_engine", None)
   path = tmp_path / "out/predictions/pope.jsonl"
-  path.write_text(path.read_text().replace('"text": "Yes"', '"text": "no"', 1))  # a right yes, made wrong
+  path.write_text(path.read_text().replace('"text": "Yes"', '"text": "no <i>way"', 1))  # a right yes, made wrong
   status, out, _ = run("--score_only")
   assert status == 0 and out == f"pope\t{100 * (0.4 + 2 / 3 + 2 / 3) / 3:.2f}\n"  # precision 1/3, recall 1/2
+  assert "no &lt;i&gt;way" in (tmp_path / "out/report.html").read_text()
   path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
   status, _, err = run("--score_only")
   assert status == 2 and "1 of 12 questions have no answer" in err

@@ -201,6 +201,15 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     read_questions(BENCHMARKS["pope"], Source(tmp_path))
 
 
+@pytest.mark.parametrize("name, file", [("chartqa", "*.parquet"), ("realworldqa", "*.tsv"), ("mmvp", "*.csv")])
+def test_damaged_files_are_named(name, file, tmp_path):
+  getattr(published_files, family(name))(tmp_path)
+  (path,) = tmp_path.rglob(file)
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+  with pytest.raises(DataError, match=f"{name}: .*get them again"):
+    read_questions(BENCHMARKS[name], Source(tmp_path))
+
+
 def test_the_table_names_every_benchmark_and_file():
   lines = table().splitlines()
   assert [line.split()[0] for line in lines if not line.startswith("    ")] == ["name", *BENCHMARKS]
