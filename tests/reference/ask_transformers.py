@@ -18,7 +18,8 @@ BEAMS = (1, 3, 5)
 
 def ask(folder: Path, questions: list[dict]) -> dict[str, np.ndarray]:
   """Of each question N: "N/ids", "N/ids_in_one_call" (by the template with tokenize=True), "N/pixels" (channels last),
-  "N/logits" [S, V] and "N/answer1" (greedy), "N/answer3" and "N/answer5" (with so many beams). "problems": what the weights and the model did not have in common."""
+  "N/logits" [S, V], "N/answer1" (greedy), "N/answer3" and "N/answer5" (of so many beams). "problems": what the
+  weights and the model did not have in common."""
   import torch
   from PIL import Image
   from transformers import AutoProcessor, LlavaForConditionalGeneration
