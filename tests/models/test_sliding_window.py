@@ -89,7 +89,7 @@ def test_a_packed_sample_and_a_token_after_the_other_are_the_whole_row():
   assert np.array_equal(alone[:5], seen_all[:5]) and np.abs(alone[5:] - seen_all[5:]).max() > 0.01
 
   extend = jax.jit(lambda decoder, ids, positions, cache: decoder.extend(decoder.embed(ids), positions, cache))
-  cache, steps = KVCache.empty(CONFIG, 1, 18, jnp.float32), []
+  cache, steps = KVCache.empty(CONFIG, CONFIG.layers, 1, 18, jnp.float32), []
   for start, stop in ((0, 8), *((place, place + 1) for place in range(8, 14))):
     hidden, cache = extend(decoder, ids[:, 9 + start : 9 + stop], np.arange(start, stop)[None], cache)
     steps.append(hidden[0])
