@@ -33,9 +33,20 @@ def parameter_table(projector: float, lora: float = 0.0) -> tuple[tuple[str, flo
   return frozen + ((LORA, lora),) if lora else frozen
 
 
-def llava(name: str, projector: ProjectorConfig, variant: str, demo_projector: ProjectorConfig) -> Config:
+def llava(
+  name: str,
+  projector: ProjectorConfig,
+  variant: str,
+  demo_projector: ProjectorConfig,
+  *,
+  llm: str = "weights/vicuna-7b-v1.5",
+  template: str = "vicuna_v1",
+) -> Config:
   """The full-size recipe, with variant "demo" the small one, with "demo_shapes" that on pictures of many shapes. Raises
-  ConfigError for another variant."""
+  ConfigError for another variant.
+
+  llm, template: the language model at full size, and the template of its conversations.
+  """
   if variant == "demo":
     return demo(name, demo_projector)
   if variant == "demo_shapes":
@@ -43,14 +54,14 @@ def llava(name: str, projector: ProjectorConfig, variant: str, demo_projector: P
     return dataclasses.replace(config, name=f"{name}-demo_shapes", demo_shapes=True)
   if variant:
     raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there are :demo and :demo_shapes")
-  return full_size(name, projector)
+  return full_size(name, projector, llm, template)
 
 
-def full_size(name: str, projector: ProjectorConfig) -> Config:
+def full_size(name: str, projector: ProjectorConfig, llm: str, template: str) -> Config:
   """The paper's hyper-parameters (section 4.1): 256 at 1e-3, then 128 with LoRA at 2e-4, projector at 2e-5."""
   return Config(
     name=name,
-    model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm="weights/vicuna-7b-v1.5", projector=projector),
+    model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm=llm, projector=projector),
     pretrain=StageConfig(
       # 582 visual tokens leave 186 places for a caption; a longer one is truncated.
       data=DataConfig(
@@ -66,7 +77,7 @@ def full_size(name: str, projector: ProjectorConfig) -> Config:
       data=DataConfig(
         path="playground/data/llava_v1_5_mix665k.json",
         image_folder="playground/data",
-        template="vicuna_v1",
+        template=template,
         max_length=2048,
       ),
       lora=LoraConfig(rank=128, alpha=256.0, dropout=0.05),

@@ -87,6 +87,8 @@ ALLOWED = {
     "weights",
   },
   "convert": {"build", "command_line", "config", "data", "inspection", "places", "training", "weights"},
+  "benchmarks": {"config", "data", "inference", "page"},
+  "evaluate": {"benchmarks", "build", "command_line", "config", "data", "inference", "places", "training"},
   "visualization": {"batch", "config", "data", "models", "page"},
   "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
   "terminal": {"command_line", "config", "data", "inference", "places", "training"},

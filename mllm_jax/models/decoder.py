@@ -1,7 +1,8 @@
-"""The language model: a Llama-type decoder (Touvron et al. 2023; Qwen2, Yang et al. 2024), for training and, with a
-cache, for answers."""
+"""The language model: a Llama-type decoder (Touvron et al. 2023; Qwen2, Yang et al. 2024; Mistral, Jiang et al. 2023),
+for training and, with a cache, for answers."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -51,7 +52,12 @@ class KVCache:
 def rotary_angles(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine of the rotary angles, float32 [B, S, 1, N/2], of integer positions [B, S]."""
   exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
-  angles = positions[..., None, None].astype(jnp.float32) * config.rope_theta**-exponents
+  speeds = config.rope_theta**-exponents
+  if config.rope_factor != 1:
+    turns = config.rope_trained * speeds / (2 * math.pi)
+    kept = jnp.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
+    speeds = speeds * (kept + (1 - kept) / config.rope_factor)
+  angles = positions[..., None, None].astype(jnp.float32) * speeds
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -62,13 +68,15 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend_cached(queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+def attend_cached(
+  queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, window: int = 0
+) -> jax.Array:
   """Attention of queries [B, S, H, N] at `positions` [B, S] to places 0 .. position of a layer's cache, keys and values
-  [B, G, T, N]; the softmax in float32. Returns [B, S, H, N]."""
+  [B, G, T, N], with a `window` to the last so many of them; the softmax in float32. Returns [B, S, H, N]."""
   batch, length, heads, width = queries.shape
   grouped = queries.reshape(batch, length, keys.shape[1], -1, width)
   logits = jnp.einsum("bsgqn,bgtn->bgsqt", grouped, keys, preferred_element_type=jnp.float32) * width**-0.5
-  seen = jnp.arange(keys.shape[2]) <= positions[..., None]
+  seen = attention_lib.causal_mask(positions, jnp.arange(keys.shape[2]), window)
   weights = jax.nn.softmax(jnp.where(seen[:, None, :, None], logits, -jnp.inf), axis=-1).astype(values.dtype)
   attended = jnp.einsum("bgsqt,bgtn->bsgqn", weights, values, preferred_element_type=jnp.float32)
   return attended.reshape(batch, length, heads, width).astype(queries.dtype)
@@ -175,7 +183,9 @@ class Decoder(nnx.Module):
     return self.norm(x)
 
   def _causal(self, q, k, v, segment_ids):
-    return attention_lib.causal(q, k, v, segment_ids, implementation=self.attention, packed=self.packed)
+    return attention_lib.causal(
+      q, k, v, segment_ids, window=self.config.sliding_window, implementation=self.attention, packed=self.packed
+    )
 
   @jax.named_scope("decoder_read")
   def read(self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -194,8 +204,9 @@ class Decoder(nnx.Module):
   def extend(self, embeddings, positions, cache, layers=None):
     """Normed hidden states [B, S, D] of new tokens at `positions` [B, S], and the cache with them in it.
 
-    A token sees every place up to its own position, so what stands in later ones, such as padding, is not seen. The
-    cache is carried through the layers and written in place; of it only the layer at hand is read.
+    A token sees every place up to its own position, or the last ones of a sliding window, so what stands in later ones,
+    such as padding, is not seen. The cache is carried through the layers and written in place; of it only the layer at
+    hand is read.
 
     layers: where the caller has taken the stacked layers apart, each of them; `cache` is then one of a single layer for
       each, and so is the one returned.
@@ -208,7 +219,8 @@ class Decoder(nnx.Module):
       def attend(q, k, v):
         keys = cache.keys.at[index, rows, :, positions].set(k)
         values = cache.values.at[index, rows, :, positions].set(v)
-        return attend_cached(q, keys[index], values[index], positions), KVCache(keys, values)
+        attended = attend_cached(q, keys[index], values[index], positions, self.config.sliding_window)
+        return attended, KVCache(keys, values)
 
       return module(x, rotary, attend)
 

@@ -8,7 +8,7 @@ from mllm_jax.config import DecoderConfig
 
 
 def test_six_tokens_cost_less_than_two_percent_of_an_answer():
-  """Of LLaVA-1.5-7B's FLOPs, by a count of its own: 2 for each weight that a place meets, and the pairs of attention."""
+  """Of LLaVA-1.5-7B's FLOPs, by another count: 2 for each weight that a place meets, and the pairs of attention."""
   text, tokens = 64, 64
   base, spatial = (decode.answer_flops(each, text, tokens) for each in (decode.MLP, decode.SPATIAL))
   tower = 577 * 2 * 23 * 12 * 1024**2 + 4 * 577**2 * 23 * 1024  # 23 of CLIP-L's 24 layers
