@@ -116,8 +116,8 @@ class Simple(lmms):
   def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
     """Is not implemented: lmms-eval 0.7.3 turns likelihoods into text before it scores them."""
     raise NotImplementedError(
-      f"{requests[0].task_name} ranks given answers by likelihood (output_type loglikelihood or multiple_choice), which "
-      "this model does not do; run the task's variant that has answers generated"
+      f"{requests[0].task_name} ranks given answers by likelihood (output_type loglikelihood or multiple_choice), "
+      "which this model does not do; run the task's variant that has answers generated"
     )
 
   def _asked(self, context, kwargs, doc_to_visual, *rest) -> Asked:
