@@ -17,6 +17,7 @@ NAMES = {
   "hf": (("multi_modal_projector.layer_norm", "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"), ""),
 }
 TEMPLATES = {"Hermes-2": "internvl2"}
+DEFAULTS = {"internvl_chat": {"ps_version": "v1"}, "internvl": {}}
 # Settings that would change the result, and the values that are computed.
 COMPUTED = {
   "internvl_chat": {"downsample_ratio": (0.5,), "ps_version": ("v2",), "pad2square": (False,)},

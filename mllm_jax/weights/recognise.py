@@ -211,13 +211,13 @@ def of_llava_hf(path: places.Place, local: Path, names: list[str], content: dict
 def of_internvl(path: places.Place, local: Path, names: list[str], content: dict[str, Any]) -> Found:
   """A whole InternVL, as its own code or as transformers stores it."""
   where = str(places.join(path, "config.json"))
-  refuse(where, content, internvl.COMPUTED[content["model_type"]])
+  refuse(where, internvl.DEFAULTS[content["model_type"]] | content, internvl.COMPUTED[content["model_type"]])
   vision, text, layer = internvl.parts_of(content, where)
   tower, decoder = TOWERS.get(vision.get("model_type")), DECODERS.get(text.get("model_type"))
   if tower not in (internvit, internvit_hf) or decoder is None:
     raise WeightsError(
-      f"{where}: a {vision.get('model_type')} with a {text.get('model_type')} is not read; read are InternViT with "
-      f"{', '.join(DECODERS)}"
+      f"{where}: a tower of type {vision.get('model_type')} with a language model of type {text.get('model_type')} is "
+      f"not read; read are InternViT with {', '.join(DECODERS)}"
     )
   weights = open_weights(path)
   tied = not holds(weights, r"(.*\.)?lm_head\.weight")
