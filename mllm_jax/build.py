@@ -48,7 +48,7 @@ STAGES = ("pretrain", "finetune")
 RUN_CONFIG = "config.json"  # in the folder of a training run
 FINISHED_MODEL = "model"  # where a run leaves its finished model
 DEFAULT_LENGTH = DataConfig().max_length
-INTERNVL_TILES = 12
+INTERNVL_TILES, INTERNVL_LENGTH = 12, 8192  # of an image at most, and places of a conversation, as InternVL 2 is asked
 
 
 # ---- for the trainer -------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def load(
   aspect = "slices" if projector.any_aspect else "anyres" if projector.image_newline else "pad"
   data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH, image_aspect=aspect)
   if projector.kind in SHUFFLED:
-    data = dataclasses.replace(data, image_aspect="tiles", max_slices=INTERNVL_TILES)
+    data = dataclasses.replace(data, image_aspect="tiles", max_slices=INTERNVL_TILES, max_length=INTERNVL_LENGTH)
   return model, make_processor(model.config, stored.tokenizer, data)
 
 

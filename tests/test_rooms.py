@@ -66,7 +66,7 @@ ALLOWED = {
   "bench": {"batch", "config", "data", "models", "parameters", "recipes", "sharding", "training", "weights"},
   "convert": {"build", "command_line", "config", "data", "inspection", "places", "training", "weights"},
   "visualization": {"batch", "config", "data", "models", "page"},
-  "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
+  "visualize": {"build", "command_line", "config", "data", "models", "places", "training", "visualization"},
   "generate": {"build", "command_line", "config", "data", "inference", "places", "training", "weights"},
   "train": {
     "build",

@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from mllm_jax.config import ANY_ASPECT, SHUFFLED, ConfigError, ModelConfig
+from mllm_jax.models.projectors import pixel_shuffle
 from mllm_jax.models.projectors.mlp import MlpProjector
-from mllm_jax.models.projectors.pixel_shuffle import SIDE, PixelShuffleProjector, SpatialShuffleProjector
 from mllm_jax.models.projectors.spatial import SpatialProjector, map_sizes
 from mllm_jax.models.projectors.uhd import UhdProjector
 
@@ -23,10 +23,8 @@ def make(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     module = MlpProjector(vision.width, width, rngs=rngs)
   elif projector.kind == "spatial":
     module = SpatialProjector(projector, vision.grid, vision.width, width, rngs=rngs)
-  elif projector.kind == "pixel_shuffle":
-    module = PixelShuffleProjector(vision.grid, vision.width, width, rngs=rngs)
-  elif projector.kind == "spatial_shuffle":
-    module = SpatialShuffleProjector(projector, vision.grid, vision.width, width, rngs=rngs)
+  elif projector.kind in SHUFFLED:
+    module = pixel_shuffle.make(projector, vision, width, rngs=rngs)
   elif projector.any_aspect:
     module = UhdProjector(projector, vision, width, rngs=rngs)
   else:
@@ -41,8 +39,7 @@ def tokens_per_crop(config: ModelConfig) -> int:
   """T: how many visual tokens the projector makes of one crop."""
   if config.projector.any_aspect:
     return config.projector.query_grid**2
-  patches = config.vision.grid**2
   if config.projector.kind in SHUFFLED:
-    patches //= SIDE**2
-  spatial = config.projector.kind in ("spatial", "spatial_shuffle")
-  return patches + (len(map_sizes(config.projector, config.vision.grid)) if spatial else 0)
+    return pixel_shuffle.tokens_per_crop(config.projector, config.vision)
+  patches = config.vision.grid**2
+  return patches + (len(map_sizes(config.projector, config.vision.grid)) if config.projector.kind == "spatial" else 0)

@@ -11,9 +11,9 @@ import math
 import jax
 from flax import nnx
 
-from mllm_jax.config import ConfigError, ProjectorConfig
+from mllm_jax.config import ConfigError, ProjectorConfig, VisionConfig
 from mllm_jax.models.layers import LayerNorm, Linear, uniform
-from mllm_jax.models.projectors.spatial import SpatialProjector
+from mllm_jax.models.projectors.spatial import SpatialProjector, map_sizes
 
 SIDE = 2  # patches along each side of a token
 NORM_EPS = 1e-5
@@ -57,3 +57,16 @@ class SpatialShuffleProjector(SpatialProjector):
   def __init__(self, config: ProjectorConfig, grid: int, in_width: int, out_width: int, *, rngs: nnx.Rngs):
     super().__init__(config, grid, in_width, out_width, rngs=rngs)
     self.patch_mlp = PixelShuffleProjector(grid, in_width, out_width, rngs=rngs)
+
+
+def make(config: ProjectorConfig, vision: VisionConfig, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
+  """Of `projector.kind` "pixel_shuffle" or "spatial_shuffle"."""
+  if config.kind == "pixel_shuffle":
+    return PixelShuffleProjector(vision.grid, vision.width, width, rngs=rngs)
+  return SpatialShuffleProjector(config, vision.grid, vision.width, width, rngs=rngs)
+
+
+def tokens_per_crop(config: ProjectorConfig, vision: VisionConfig) -> int:
+  """The spatial tokens where there are any, and one for 2 x 2 patches."""
+  spatial = 0 if config.kind == "pixel_shuffle" else len(map_sizes(config, vision.grid))
+  return spatial + (vision.grid // SIDE) ** 2
