@@ -90,7 +90,7 @@ ALLOWED = {
   "benchmarks": {"config", "data", "inference", "page"},
   "evaluate": {"benchmarks", "build", "command_line", "config", "data", "inference", "places", "training"},
   "visualization": {"batch", "config", "data", "models", "page"},
-  "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
+  "visualize": {"build", "command_line", "config", "data", "models", "places", "training", "visualization"},
   "terminal": {"command_line", "config", "data", "inference", "places", "training"},
   "generate": {"build", "data", "inference", "terminal"},
   "chat": {"build", "data", "inference", "terminal"},

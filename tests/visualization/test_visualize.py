@@ -16,6 +16,7 @@ FIGURES = {
   "tiled": {"slices", "overview", "tokens", "patches", "features", "squares", "maps", "details"},
   "cropping": {"overview", "tokens", "patches", "features", "squares", "maps", "details"},
   "pooling": {"overview", "tokens", "patches", "features", "maps"},
+  "shuffled": {"slices", "overview", "tokens", "patches", "features", "squares", "maps", "details"},
   "hiwin": {"slices", "overview", "tokens", "crop", "features-0", "pyramid-2", "bilinear-2"}
   | {"windows", "window-0", "window-2"},
   "bilinear": {"slices", "overview", "tokens", "crop", "features-0", "pyramid-1", "windows", "window-1"},
