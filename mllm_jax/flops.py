@@ -18,7 +18,8 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.config import ModelConfig, ProjectorConfig, VdimStage, VisionConfig
 from mllm_jax.models.projectors.hiwin import QUERY_SETS
-from mllm_jax.models.projectors.spatial import DFI_STRIDE, map_sizes
+from mllm_jax.models.projectors.maps import map_sizes
+from mllm_jax.models.projectors.spatial import DFI_STRIDE
 from mllm_jax.models.projectors.vdim import KEY_WIDTH, TAPS
 from mllm_jax.models.projectors.windows import SIDE
 

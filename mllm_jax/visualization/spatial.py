@@ -7,7 +7,8 @@ import numpy as np
 
 from mllm_jax.config import ProjectorConfig
 from mllm_jax.models.mllm import Mllm
-from mllm_jax.models.projectors.spatial import DFI_STRIDE, map_sizes, pooling_matrix
+from mllm_jax.models.projectors.maps import map_sizes, pooling_matrix
+from mllm_jax.models.projectors.spatial import DFI_STRIDE
 from mllm_jax.visualization import crops, pictures
 from mllm_jax.visualization.crops import NARROW, Crop
 from mllm_jax.visualization.page import Figure, Section

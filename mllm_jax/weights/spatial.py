@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 
 from mllm_jax.config import ProjectorConfig
-from mllm_jax.models.projectors.spatial import has_head_bias, map_sizes
+from mllm_jax.models.projectors.maps import map_sizes
+from mllm_jax.models.projectors.spatial import has_head_bias
 from mllm_jax.weights import mlp, parts
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.tables import CONV, Row, Table, linear, norm

@@ -16,7 +16,7 @@ from mllm_jax.config import (
   VisionConfig,
 )
 from mllm_jax.models import mllm, projectors
-from mllm_jax.models.projectors.spatial import map_sizes
+from mllm_jax.models.projectors.maps import map_sizes
 
 SFE = ProjectorConfig(dfi_kernel=0)
 

@@ -11,6 +11,7 @@ import released
 from flax import nnx
 
 from mllm_jax.config import ProjectorConfig
+from mllm_jax.models.projectors import maps
 from mllm_jax.models.projectors.spatial import SpatialProjector
 from mllm_jax.weights import spatial
 
@@ -53,7 +54,7 @@ def case(request):
   def run(projector, patch_features):
     patch_map = patch_features.reshape(2, GRID, GRID, -1)
     parts = {"mid.tokens_pre": projector.sfe(patch_map)}
-    parts |= {f"mid.pool{m.shape[1]}": m for m in projector.sfe.maps(patch_map) if config.maps == "pooling"}
+    parts |= {f"mid.pool{m.shape[1]}": m for m in maps.make(config, patch_map) if config.maps == "pooling"}
     if projector.dfi is not None:
       parts |= {"mid.conv_fuse": projector.dfi.details(patch_map)}
       parts |= {"mid.embed_fuse": projector.dfi(parts["mid.tokens_pre"], patch_map)}

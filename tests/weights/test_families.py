@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from mllm_jax import parameters
 from mllm_jax.config import DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.models import mllm
-from mllm_jax.models.projectors.spatial import map_sizes
+from mllm_jax.models.projectors.maps import map_sizes
 from mllm_jax.weights import clip, llama, mapping, mlp, peft, qwen2, siglip, spatial
 from mllm_jax.weights.io import WeightsError, open_weights
 from mllm_jax.weights.recognise import projector_table

@@ -14,47 +14,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from mllm_jax.config import ConfigError, ProjectorConfig
+from mllm_jax.config import ConfigError, ProjectorConfig, VisionConfig
 from mllm_jax.models.layers import LayerNorm, Linear, uniform, zeros
+from mllm_jax.models.projectors import maps
 from mllm_jax.models.projectors.mlp import MlpProjector
 from mllm_jax.sharding import rows_only
 
 DFI_STRIDE = 2  # paper, table 6: every kernel size is used with stride 2
 DFI_NORM_EPS = 1e-5
-
-
-def map_sizes(config: ProjectorConfig, grid: int) -> tuple[int, ...]:
-  """Side lengths of the maps, smallest first; one spatial token each.
-
-  They grow by `stride` patches on each side, from 2 * stride to the whole grid: 4, 8, ..., 24 for stride 2 on 24 x 24.
-  Raises ConfigError where that does not end at the grid, or where given sizes do not fit it.
-  """
-  if config.maps not in ("cropping", "pooling"):
-    raise ConfigError(f"projector.maps={config.maps!r} is unknown; known: cropping, pooling")
-  if config.sizes:
-    sizes = tuple(config.sizes)
-    if list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > grid:
-      raise ConfigError(f"projector.sizes={sizes} must grow and lie in 1..{grid}, the tower's grid")
-    off_centre = [size for size in sizes if (grid - size) % 2]
-    if config.maps == "cropping" and off_centre:
-      raise ConfigError(
-        f"projector.sizes={sizes}: {off_centre} cannot be centred in a grid of {grid}; "
-        f"use {'even' if grid % 2 == 0 else 'odd'} sizes"
-      )
-    return sizes
-  if config.stride < 1 or grid % (2 * config.stride):
-    fitting = [stride for stride in range(1, grid // 2 + 1) if grid % (2 * stride) == 0]
-    raise ConfigError(
-      f"projector.stride={config.stride} does not fit a grid of {grid}: maps growing by {config.stride} on "
-      f"each side never end at {grid}; use one of {fitting}"
-      if fitting
-      else f"projector.stride={config.stride} does not fit a grid of {grid}: it is odd; name the map sizes in "
-      "projector.sizes instead"
-    )
-  return tuple(range(2 * config.stride, grid + 1, 2 * config.stride))
 
 
 def has_head_bias(config: ProjectorConfig) -> bool:
@@ -65,43 +34,18 @@ def has_head_bias(config: ProjectorConfig) -> bool:
   return choices[config.head_bias]
 
 
-def pooling_matrix(grid: int, size: int) -> np.ndarray:
-  """Adaptive average pooling along one axis as a matrix, float32 [size, grid]: bin i is the mean of the places from
-  floor(i grid / size) up to ceil((i + 1) grid / size)."""
-  matrix = np.zeros((size, grid), np.float32)
-  for i in range(size):
-    start, stop = i * grid // size, -(-(i + 1) * grid // size)
-    matrix[i, start:stop] = 1 / (stop - start)
-  return matrix
-
-
 class SpatialFeatureExtractor(nnx.Module):
   """Patch map [B, G, G, C] -> spatial tokens [B, n, E], from the smallest map to the largest."""
 
   def __init__(self, config: ProjectorConfig, grid: int, width: int, *, rngs: nnx.Rngs):
-    self.sizes = map_sizes(config, grid)
-    self.pooled = config.maps == "pooling"
-    self.kernels = nnx.List([conv_kernel(config, size, width, rngs) for size in self.sizes])
-
-  def maps(self, patch_map: jax.Array) -> list[jax.Array]:
-    """One map [B, k, k, C] for each size k: crops around the centre, or the whole map pooled to k x k."""
-    grid = patch_map.shape[1]
-    if self.pooled:
-
-      def pool(size):
-        matrix = jnp.asarray(pooling_matrix(grid, size))
-        rows = jnp.einsum("ij,bjkc->bikc", matrix, patch_map, preferred_element_type=jnp.float32)
-        return jnp.einsum("lk,bikc->bilc", matrix, rows).astype(patch_map.dtype)
-
-      return [patch_map if size == grid else pool(size) for size in self.sizes]
-    starts = [(grid - size) // 2 for size in self.sizes]
-    return [patch_map[:, start : start + size, start : start + size] for start, size in zip(starts, self.sizes)]
+    self.config = config
+    self.kernels = nnx.List([conv_kernel(config, size, width, rngs) for size in maps.map_sizes(config, grid)])
 
   def __call__(self, patch_map: jax.Array) -> jax.Array:
     # A kernel that covers its whole map is a matrix: each convolution is one product over all k * k * C inputs.
     products = [
       jnp.einsum("bhwc,hwce->be", m, kernel[...].astype(m.dtype))
-      for m, kernel in zip(self.maps(patch_map), self.kernels)
+      for m, kernel in zip(maps.make(self.config, patch_map), self.kernels)
     ]
     return jnp.stack(products, axis=1)
 
@@ -120,14 +64,8 @@ class DetailFeatureIntegrator(nnx.Module):
     self.query, self.key, self.value = (Linear(conv_width, conv_width, bias=True, rngs=rngs) for _ in range(3))
 
   def details(self, patch_map: jax.Array) -> jax.Array:
-    """The detail map [B, M, E], row-major: one product of all windows with the kernel.
-
-    Not `jax.lax.conv`: the windows are so few and so large that a product is the better form.
-    """
-    size = self.kernel.shape[0]
-    starts = range(0, patch_map.shape[1] - size + 1, DFI_STRIDE)
-    windows = jnp.stack([patch_map[:, i : i + size, j : j + size] for i in starts for j in starts], axis=1)
-    return jnp.einsum("bmhwc,hwce->bme", windows, self.kernel[...].astype(windows.dtype))
+    """The detail map [B, M, E], row-major."""
+    return convolve(patch_map, self.kernel, (DFI_STRIDE, DFI_STRIDE))
 
   def attention(self, tokens: jax.Array, details: jax.Array) -> jax.Array:
     """How much each token [B, n, E] takes of each place of the detail map [B, M, E]: float32 [B, n, M], sums of 1."""
@@ -167,6 +105,25 @@ class SpatialProjector(nnx.Module):
     spatial_tokens = self.head(jax.nn.gelu(tokens, approximate=False))
     spatial_tokens = spatial_tokens.reshape(*axes, *spatial_tokens.shape[1:])
     return jnp.concatenate([spatial_tokens, self.patch_mlp(patch_features)], axis=-2)
+
+
+def make(config: ProjectorConfig, vision: VisionConfig, width: int, *, rngs: nnx.Rngs) -> SpatialProjector:
+  """Of `projector.kind` "spatial"."""
+  return SpatialProjector(config, vision.grid, vision.width, width, rngs=rngs)
+
+
+def tokens_per_crop(config: ProjectorConfig, vision: VisionConfig) -> int:
+  """The spatial tokens, and one a patch."""
+  return len(maps.map_sizes(config, vision.grid)) + vision.grid**2
+
+
+def convolve(patch_map: jax.Array, kernel: nnx.Param, strides: tuple[int, int]) -> jax.Array:
+  """A strided convolution of [B, G, G, C] with [k, k, C, E], row by row [B, M, E]: one product of all windows.
+
+  Not `jax.lax.conv`: the windows are so few and so large that a product is the better form.
+  """
+  windows = maps.windows(patch_map, kernel.shape[0], strides)
+  return jnp.einsum("bmhwc,hwce->bme", windows, kernel[...].astype(windows.dtype))
 
 
 def conv_kernel(config: ProjectorConfig, size: int, width: int, rngs: nnx.Rngs) -> nnx.Param:

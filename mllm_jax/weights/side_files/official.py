@@ -8,7 +8,7 @@ from typing import Any
 from mllm_jax.config import ConfigError, ModelConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.tiles import GRIDS
-from mllm_jax.models.projectors.spatial import map_sizes
+from mllm_jax.models.projectors.maps import map_sizes
 from mllm_jax.weights import hiwin
 from mllm_jax.weights.side_files.files import check_dtype, text_config, write_json
 
