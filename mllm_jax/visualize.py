@@ -110,7 +110,7 @@ def describe(config: ModelConfig) -> str:
   if projector.kind == "mlp2x_gelu":
     return "LLaVA-1.5, an MLP"
   if projector.kind == "spatial":
-    return f"LLaVA-SP, {projector.maps}" + (", with detail features" if projector.dfi_kernel else "")
+    return f"LLaVA-SP, {projector.variant}" + (", with detail features" if projector.dfi_kernel else "")
   names = {"hiwin": "LLaVA-UHD v2", "uhd_v1": "LLaVA-UHD v1's resampler", "mlp144": "an MLP on resized levels"}
   name = names[projector.kind]
   return name if projector.kind == "uhd_v1" else f"{name}, pyramid: {projector.pyramid}"

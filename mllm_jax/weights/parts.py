@@ -24,7 +24,8 @@ Architecture = TypeVar("Architecture", VisionConfig, DecoderConfig)
 OUTER = r"(base_model\.)?(model\.)*"
 VISION = (OUTER + r"vision_tower\..*", "the vision tower, which has a table of its own")
 PROJECTOR = (
-  OUTER + r"((mm_projector|multi_modal_projector|conv_\w+|(query|key|value)_projector)\..*|image_newline)",
+  OUTER
+  + r"((mm_projector|multi_modal_projector|conv_\w+|tfm_\w+|(query|key|value)_projector)\..*|query_\d+|image_newline)",
   "the projector, which has a table of its own",
 )
 LANGUAGE = (

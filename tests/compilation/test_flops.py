@@ -29,6 +29,8 @@ from mllm_jax.training.step import loss_and_tokens
 VISION = VisionConfig(image_size=112, patch_size=14, width=256, layers=3, heads=2, mlp_width=1024)
 DECODER = DecoderConfig(vocab_size=512, width=512, layers=2, heads=4, kv_heads=2, head_width=128, mlp_width=2048)
 SPATIAL = ProjectorConfig(kind="spatial", stride=1, dfi_kernel=4, conv_width=128)
+WINDOWS = ProjectorConfig(sfe="windows", window=4, window_strides=(1, 1), dfi_kernel=0, conv_width=512)
+TRANSFORMER = ProjectorConfig(sfe="transformer", stride=2, dfi_kernel=0)
 LORA = LoraConfig(rank=16, dropout=0.0)
 UHD = dict(query_grid=4, head_width=128, pooling="fixed")  # with as many tokens in each window as XLA computes
 DECONV = ProjectorConfig(kind="hiwin", pyramid="deconv", levels=(0, 1), **UHD)
@@ -38,6 +40,8 @@ MLP144 = dataclasses.replace(DECONV, kind="mlp144")
 CASES = {
   "spatial, frozen towers": (SPATIAL, LoraConfig(), recipes.parameter_table(1e-3)),
   "spatial, adapters": (SPATIAL, LORA, recipes.parameter_table(1e-3, 1e-3)),
+  "windows, frozen towers": (WINDOWS, LoraConfig(), recipes.parameter_table(1e-3)),
+  "transformer blocks, frozen towers": (TRANSFORMER, LoraConfig(), recipes.parameter_table(1e-3)),
   "mlp, everything": (ProjectorConfig(kind="mlp2x_gelu"), LoraConfig(), ((".*", 1e-3),)),
   "hiwin on deconvolution, frozen towers": (DECONV, LoraConfig(), recipes.uhd_table(DECONV, 1e-3)),
   "uhd_v1, everything": (V1, LoraConfig(), recipes.uhd_table(V1, 1e-3, vision=1e-3, decoder=1e-3)),

@@ -1,10 +1,15 @@
-"""The maps that LLaVA-SP's spatial tokens are made of: parts of the patch map, or the whole of it in fewer cells."""
+"""What LLaVA-SP's spatial tokens are made of: maps, which are parts of the patch map or the whole of it in fewer cells,
+and kernels over them."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mllm_jax.config import ConfigError, ProjectorConfig
+from mllm_jax.models.layers import uniform, zeros
 
 
 def map_sizes(config: ProjectorConfig, grid: int) -> tuple[int, ...]:
@@ -71,7 +76,37 @@ def windows(patch_map: jax.Array, size: int, strides: tuple[int, int]) -> jax.Ar
   return jnp.stack([patch_map[:, i : i + size, j : j + size] for i in rows for j in columns], axis=1)
 
 
-def window_count(size: int, strides: tuple[int, int], grid: int) -> int:
-  """How many windows there are in a grid of patches."""
-  down, across = ((grid - size) // stride + 1 for stride in strides)
-  return down * across
+def check_windows(config: ProjectorConfig, grid: int) -> None:
+  """Raises ConfigError where `config` has no windows in a grid of patches."""
+  if not 1 <= config.window <= grid:
+    raise ConfigError(f"projector.window={config.window} does not fit a grid of {grid}; use 1..{grid}")
+  if len(config.window_strides) != 2 or min(config.window_strides) < 1:
+    raise ConfigError(
+      f"projector.window_strides={config.window_strides} must be two numbers from 1 on: patches down, and across"
+    )
+
+
+def spatial_tokens(config: ProjectorConfig, grid: int) -> int:
+  """How many spatial tokens there are: one a window, or one a map."""
+  if config.sfe != "windows":
+    return len(map_sizes(config, grid))
+  check_windows(config, grid)
+  return math.prod((grid - config.window) // stride + 1 for stride in config.window_strides)
+
+
+def convolve(patch_map: jax.Array, kernel: nnx.Param, strides: tuple[int, int]) -> jax.Array:
+  """A strided convolution of [B, G, G, C] with [k, k, C, E], row by row [B, M, E]: one product of all windows.
+
+  Not `jax.lax.conv`: the windows are so few and so large that a product is the better form.
+  """
+  found = windows(patch_map, kernel.shape[0], strides)
+  return jnp.einsum("bmhwc,hwce->bme", found, kernel[...].astype(found.dtype))
+
+
+def conv_kernel(config: ProjectorConfig, size: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+  """A kernel [size, size, C, E], initialised as `config.conv_init` says."""
+  bound = 1 / math.sqrt(size * size * width)
+  inits = {"uniform": uniform(bound), "zeros": zeros}
+  if config.conv_init not in inits:
+    raise ConfigError(f"projector.conv_init={config.conv_init!r} is unknown; known: {', '.join(inits)}")
+  return nnx.Param(inits[config.conv_init](rngs.params(), (size, size, width, config.conv_width)))
