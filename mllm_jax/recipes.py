@@ -24,6 +24,7 @@ LORA = r"decoder/.*/lora/[ab]"
 RESAMPLER = r"projector/resampler/.*"
 PYRAMID = r"projector/pyramid/(?!fixup_proj).*"
 PYRAMID_FIXUP = r"projector/pyramid/fixup_proj/.*"  # the last projection of VDIM
+CLIP = "weights/clip-vit-large-patch14-336"
 DEMO_ASSETS = Path(__file__).parent / "demo" / "assets"
 
 
@@ -33,9 +34,11 @@ def parameter_table(projector: float, lora: float = 0.0) -> tuple[tuple[str, flo
   return frozen + ((LORA, lora),) if lora else frozen
 
 
-def llava(name: str, projector: ProjectorConfig, variant: str, demo_projector: ProjectorConfig) -> Config:
+def llava(
+  name: str, projector: ProjectorConfig, variant: str, demo_projector: ProjectorConfig, vision: str = CLIP
+) -> Config:
   """The full-size recipe, with variant "demo" the small one, with "demo_shapes" that on pictures of many shapes. Raises
-  ConfigError for another variant."""
+  ConfigError for another variant. The demos have a tower of their own, whatever `vision` is."""
   if variant == "demo":
     return demo(name, demo_projector)
   if variant == "demo_shapes":
@@ -43,14 +46,14 @@ def llava(name: str, projector: ProjectorConfig, variant: str, demo_projector: P
     return dataclasses.replace(config, name=f"{name}-demo_shapes", demo_shapes=True)
   if variant:
     raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there are :demo and :demo_shapes")
-  return full_size(name, projector)
+  return full_size(name, projector, vision)
 
 
-def full_size(name: str, projector: ProjectorConfig) -> Config:
+def full_size(name: str, projector: ProjectorConfig, vision: str) -> Config:
   """The paper's hyper-parameters (section 4.1): 256 at 1e-3, then 128 with LoRA at 2e-4, projector at 2e-5."""
   return Config(
     name=name,
-    model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm="weights/vicuna-7b-v1.5", projector=projector),
+    model=ModelRecipe(vision=vision, llm="weights/vicuna-7b-v1.5", projector=projector),
     pretrain=StageConfig(
       # 582 visual tokens leave 186 places for a caption; a longer one is truncated.
       data=DataConfig(
@@ -143,7 +146,7 @@ def uhd(
   return Config(
     name=name,
     stages="vdim,pretrain,finetune" if projector.pyramid == "vdim" else "pretrain,finetune",
-    model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm=llm, projector=projector),
+    model=ModelRecipe(vision=CLIP, llm=llm, projector=projector),
     vdim=VdimStage(data=DataConfig(path="playground/data/coco/train2017")),
     pretrain=StageConfig(
       data=dataclasses.replace(

@@ -60,14 +60,17 @@ class Block(nnx.Module):
 
 
 class Blocks(nnx.Module):
-  """Layers one after another, and a norm. Each layer is computed again in the backward pass: its scores are large."""
+  """Layers one after another, and a norm. Those of an encoder are computed again in the backward pass: the scores of
+  cells by cells are large."""
 
   def __init__(self, width: int, crossed: bool, *, rngs: nnx.Rngs):
+    self.remat = not crossed
     self.layers = stack(lambda rngs: Block(width, crossed, rngs=rngs), LAYERS, rngs)
     self.norm = LayerNorm(width, NORM_EPS, bias=False, rngs=rngs)
 
   def __call__(self, x: jax.Array, memory: jax.Array | None = None) -> jax.Array:
-    run = jax.checkpoint(lambda layer, x, memory: layer(x, memory))
+    run = lambda layer, x, memory: layer(x, memory)
+    run = jax.checkpoint(run) if self.remat else run
     x, _ = jax.lax.scan(lambda x, layer: (run(layer, x, memory), None), x, self.layers)
     return self.norm(x)
 
