@@ -112,12 +112,13 @@ class ProjectorConfig:
   kind: "spatial" (LLaVA-SP: spatial tokens, then patch tokens) or "mlp2x_gelu" (LLaVA-1.5: patch tokens only); for
     images of any shape "hiwin" (LLaVA-UHD v2), "uhd_v1" (the resampler of its predecessor) or "mlp144".
   sfe: what LLaVA-SP's spatial tokens are made by: a "convolution" of each map, or in its ablations a "transformer" for
-    each map (table 3) or sliding "windows" instead of maps (table 5).
+    each map (table 3) or sliding "windows" instead of maps (table 5); or by a "factorised" convolution, which is light.
   maps: "cropping" (centre crops that grow to the whole map) or "pooling" (the whole map, pooled to growing sizes).
   stride: patches by which a crop grows on each side; the sizes are 2 stride, 4 stride, ... up to the grid
     (paper, table 4).
   sizes: the map sizes themselves, smallest first, where they should not follow from the stride.
   window, window_strides: of "windows": patches along a side, and how many they are apart downwards and across.
+  depth_multiplier: of "factorised": patterns by which each channel is summed over a map.
   token_order: of "transformer": "map" (a token is a cell of its map), or "released" (pooled maps are cut into tokens
     across cells and channels, which the released weights were trained with).
   dfi_kernel: kernel of the detail map of DFI (paper, table 6; its stride is 2); 0 leaves DFI out.
@@ -147,6 +148,7 @@ class ProjectorConfig:
   sizes: tuple[int, ...] = ()
   window: int = 12
   window_strides: tuple[int, ...] = (6, 12)
+  depth_multiplier: int = 4
   token_order: str = "map"
   dfi_kernel: int = 16
   conv_width: int = 512

@@ -77,7 +77,8 @@ def full_work(batch: Any, vision: VisionConfig) -> Work:
 # Rows that a kernel is multiplied with, and whether they come straight from the tower.
 FEATURES, BEHIND = True, False
 ROWS = (
-  (r"projector/sfe/kernels/\d+", FEATURES, lambda s: s.crops),
+  (r"projector/sfe/(kernels|depthwise)/\d+", FEATURES, lambda s: s.crops),
+  (r"projector/sfe/pointwise/\d+/kernel", BEHIND, lambda s: s.crops),
   (r"projector/sfe/kernel", FEATURES, lambda s: s.crops * s.spatial),
   (r"projector/dfi/kernel", FEATURES, lambda s: s.crops * s.details),
   (r"projector/dfi/query/kernel", BEHIND, lambda s: s.crops * s.spatial),

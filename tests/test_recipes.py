@@ -36,6 +36,7 @@ PROJECTOR = {
   "sp_pooling": 923_546_112,
   "sp_cropping_transformer": 427_968_512,
   "sp_pooling_transformer": 427_968_512,
+  "sp_light": 4 * (1456 * 2**10 + 6 * 2**19) + 2**21 + 20_979_712,
   "sp_windows": 144 * 2**19 + 2**21 + 20_979_712,
   "sp_conv49": 144 * 2**19 + 2**21 + 20_979_712,
   "sp_siglip_cropping": 923_550_208,

@@ -106,6 +106,19 @@ def test_model_flops_are_xlas(case, monkeypatch):
   assert found == pytest.approx(xla_count(graphdef, shapes, rates, monkeypatch), rel=0.02)
 
 
+@pytest.mark.parametrize("inputs", [False, True])
+def test_factorised_kernels(inputs):
+  """Too little beside a tower for XLA's count of a whole step to tell."""
+  light = dataclasses.replace(SPATIAL, sfe="factorised", dfi_kernel=0, depth_multiplier=3)
+  model, _, shapes = make(light, LoraConfig())
+  rates = dict.fromkeys(shapes, 1e-3) if inputs else parameters.match(recipes.parameter_table(1e-3), list(shapes), "")
+  crops = flops.Work(tokens=0, pairs=0, trained=0, crops=5, patches=0, patch_pairs=0)
+  without = {path: x for path, x in shapes.items() if not path.startswith("projector/sfe/")}
+  found = flops.step_flops(model, shapes, rates, crops) - flops.step_flops(model, without, rates, crops)
+  depthwise, pointwise = (4 + 16 + 36 + 64) * 256 * 3, 4 * 256 * 3 * 128
+  assert found == 5 * 2 * ((3 if inputs else 2) * depthwise + 3 * pointwise)
+
+
 @pytest.mark.long
 def test_vdims_own_training(monkeypatch):
   """Its loops are counted in the compiled program, whose recomputed rows of pixels are left out by hand."""

@@ -20,6 +20,7 @@ from mllm_jax.models.projectors.maps import map_sizes
 
 SFE = ProjectorConfig(dfi_kernel=0)
 TRANSFORMER = dataclasses.replace(SFE, sfe="transformer")
+LIGHT = dataclasses.replace(SFE, sfe="factorised")
 WINDOWS = dataclasses.replace(SFE, sfe="windows")
 
 
@@ -40,7 +41,7 @@ def count(config, part):
     (dataclasses.replace(SFE, stride=1), 1_386_225_664),
     (ProjectorConfig(kind="mlp2x_gelu"), 20_979_712),
     (TRANSFORMER, 427_968_512),
-    (dataclasses.replace(TRANSFORMER, maps="pooling"), 427_968_512),
+    (LIGHT, 4 * (1456 * 2**10 + 6 * 2**19) + 2**21 + 20_979_712),
     (WINDOWS, 144 * 2**19 + 2**21 + 20_979_712),
   ],
 )
@@ -106,6 +107,11 @@ def test_map_sizes(projector, sizes):
   assert projectors.tokens_per_crop(ModelConfig(projector=projector)) == len(sizes) + 576
 
 
+def test_factorised_kernels_are_a_tenth_of_the_paper_s_or_less():
+  whole, light = (count(ModelConfig(projector=projector), "projector/sfe/") for projector in (SFE, LIGHT))
+  assert whole == 763_363_328 and light == 18_546_688
+
+
 @pytest.mark.parametrize("strides, tokens", [((6, 12), 6), ((2, 2), 49), ((12, 12), 4), ((24, 1), 13)])
 def test_windows(strides, tokens):
   config = ModelConfig(projector=dataclasses.replace(WINDOWS, window_strides=strides))
@@ -127,6 +133,7 @@ def test_windows(strides, tokens):
     (dict(sfe="windows", window=0), "projector.window=0"),
     (dict(sfe="windows", window_strides=(2,)), "projector.window_strides"),
     (dict(sfe="windows", window_strides=(0, 2)), "projector.window_strides"),
+    (dict(sfe="factorised", depth_multiplier=0), "projector.depth_multiplier"),
     (dict(sfe="transformer"), "projector.dfi_kernel=16"),
     (dict(sfe="transformer", dfi_kernel=0, token_order="columns"), "projector.token_order"),
     (dict(dfi_kernel=25), "projector.dfi_kernel"),

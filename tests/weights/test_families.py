@@ -256,6 +256,7 @@ def test_the_maps_of_transformer_blocks_must_be_named():
 @pytest.mark.parametrize(
   "fields, told",
   [
+    (dict(sfe="factorised"), "projector.sfe=factorised is none of the released code's"),
     (dict(sfe="windows"), r"projector.window_strides=\(6, 12\).*2 patches apart both ways"),
     (dict(sfe="windows", window_strides=(2, 2), dfi_kernel=4), "projector.dfi_kernel=4.*without DFI"),
     (dict(sfe="transformer", maps="pooling"), "projector.token_order=map.*token_order=released is read and written"),

@@ -2,6 +2,7 @@
 and kernels over them."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +106,13 @@ def convolve(patch_map: jax.Array, kernel: nnx.Param, strides: tuple[int, int]) 
 
 def conv_kernel(config: ProjectorConfig, size: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
   """A kernel [size, size, C, E], initialised as `config.conv_init` says."""
-  bound = 1 / math.sqrt(size * size * width)
-  inits = {"uniform": uniform(bound), "zeros": zeros}
+  init = kernel_init(config, size * size * width)
+  return nnx.Param(init(rngs.params(), (size, size, width, config.conv_width)))
+
+
+def kernel_init(config: ProjectorConfig, fan_in: int) -> Callable:
+  """The initialiser that `config.conv_init` names. Raises ConfigError where there is none."""
+  inits = {"uniform": uniform(1 / math.sqrt(fan_in)), "zeros": zeros}
   if config.conv_init not in inits:
     raise ConfigError(f"projector.conv_init={config.conv_init!r} is unknown; known: {', '.join(inits)}")
-  return nnx.Param(inits[config.conv_init](rngs.params(), (size, size, width, config.conv_width)))
+  return inits[config.conv_init]

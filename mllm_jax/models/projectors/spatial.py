@@ -20,6 +20,7 @@ from mllm_jax.config import ConfigError, ProjectorConfig, VisionConfig
 from mllm_jax.models.layers import LayerNorm, Linear
 from mllm_jax.models.projectors import maps
 from mllm_jax.models.projectors.mlp import MlpProjector
+from mllm_jax.models.projectors.sfe_factorised import FactorisedExtractor
 from mllm_jax.models.projectors.sfe_transformer import TransformerExtractor
 from mllm_jax.sharding import rows_only
 
@@ -105,6 +106,7 @@ EXTRACTORS = {
   "convolution": ConvolutionExtractor,
   "windows": WindowExtractor,
   "transformer": TransformerExtractor,
+  "factorised": FactorisedExtractor,
 }
 
 
