@@ -79,6 +79,10 @@ class DecoderConfig:
 
   attention_bias: a bias on the query, key and value projections and none on the output's, as Qwen2 has it.
   max_positions: how long a text it was made for; nothing is computed with it, other tools want to be told.
+  sliding_window: how many tokens each sees, itself included (Mistral 7B, Jiang et al. 2023, section 2); 0: all.
+  rope_factor: by which Llama 3.1 (Grattafiori et al. 2024) slows those of its rotary angles that turn less than
+    rope_low times within rope_trained places; those that turn more than rope_high times stay, and between the two it
+    goes over from one to the other. 1: none is slowed.
   """
 
   vocab_size: int = 32000
@@ -93,6 +97,11 @@ class DecoderConfig:
   tied_embeddings: bool = False
   attention_bias: bool = False
   max_positions: int = 4096
+  sliding_window: int = 0
+  rope_factor: float = 1.0
+  rope_low: float = 1.0
+  rope_high: float = 4.0
+  rope_trained: int = 8192
 
 
 @architecture
@@ -249,7 +258,7 @@ class DataConfig:
 
   path: str = ""
   image_folder: str = ""
-  template: str = "vicuna_v1"  # or "plain", "chatml", "chatml_released", "llava_llama_3", "jinja"
+  template: str = "vicuna_v1"  # or another of data/templates.py, such as "plain", "chatml", "llava_llama_3", "jinja"
   max_length: int = 2048
   max_images: int = 1
   image_aspect: str = "pad"  # to a square; "anyres": LLaVA-1.6's tiles, up to five crops; "slices": LLaVA-UHD's

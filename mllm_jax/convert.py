@@ -21,7 +21,7 @@ IMPORT = """Reads a checkpoint of any family and writes one folder that needs no
 model.safetensors, tokenizer/). --model is recognised by what is in it:
 
   CLIP or SigLIP           openai/clip-vit-large-patch14-336, google/siglip-...; whole or the vision half
-  Llama, Vicuna, Qwen2     safetensors or pytorch_model.bin, whole or in shards
+  Llama, Mistral, Qwen2    safetensors or pytorch_model.bin, whole or in shards
   LLaVA-1.5                as liuhaotian released it, and as llava-hf
   LLaVA-SP as released     a whole model, or a LoRA run (adapter, non_lora_trainables.bin) with --llm and --vision
   LLaVA-UHD v2 as released a whole model, or its first stage's mm_projector.bin with --llm and --vision

@@ -43,14 +43,15 @@ class Work:
   passes: int = 1
 
 
-def work_of(batch: Batch, vision: VisionConfig) -> Work:
-  """Of a host batch [A, B, ...] of numpy arrays. Positions restart in every sample, so they count the pairs."""
+def work_of(batch: Batch, vision: VisionConfig, window: int = 0) -> Work:
+  """Of a host batch [A, B, ...] of numpy arrays. Positions restart in every sample, so they count the pairs, as far as
+  the decoder's sliding `window` lets tokens see each other."""
   real = batch.segment_ids > 0
   patches = np.prod(np.asarray(batch.grids, np.int64), axis=-1)
   seen = np.where(patches > 0, patches + vision.class_token, 0)
   return Work(
     tokens=float(real.sum()),
-    pairs=float(((batch.positions + 1) * real).sum(dtype=np.int64)),
+    pairs=float((np.minimum(batch.positions + 1, window or batch.tokens.shape[-1]) * real).sum(dtype=np.int64)),
     trained=float((batch.loss_weights > 0).sum()),
     crops=float((patches > 0).sum()),
     patches=float(patches.sum()),
@@ -59,13 +60,14 @@ def work_of(batch: Batch, vision: VisionConfig) -> Work:
   )
 
 
-def full_work(batch: Any, vision: VisionConfig) -> Work:
+def full_work(batch: Any, vision: VisionConfig, window: int = 0) -> Work:
   """Of a batch of these shapes [A, B, ...] without padding, where every token is predicted and every crop is used."""
   rows, places = math.prod(batch.tokens.shape[:2]), batch.tokens.shape[2]
   crops, patches = rows * batch.patches.shape[2], vision.grid**2
+  seen = min(window or places, places)
   return Work(
     tokens=rows * places,
-    pairs=rows * places * (places + 1) / 2,
+    pairs=rows * (seen * (seen + 1) / 2 + (places - seen) * seen),
     trained=rows * places,
     crops=crops,
     patches=crops * patches,
@@ -160,7 +162,8 @@ def counter(model: ModelConfig, shapes: Mapping[str, Any], rates: Mapping[str, f
   costs = [step_flops(model, shapes, rates, Work(**nothing | {name: 1.0})) for name in names]
 
   def count(batches: Any) -> float:
-    works = [work_of(batch, model.vision) for batch in (batches if isinstance(batches, tuple) else (batches,))]
+    micro_batches = batches if isinstance(batches, tuple) else (batches,)
+    works = [work_of(batch, model.vision, model.decoder.sliding_window) for batch in micro_batches]
     return sum(cost * amount for work in works for cost, amount in zip(costs, dataclasses.astuple(work)))
 
   return count

@@ -87,7 +87,11 @@ def missing_files(config: Config) -> list[Missing]:
   found, names = [], stage_names(config)
   towers = [
     ("model.vision", config.model.vision, "a folder with a CLIP or SigLIP vision tower, or with a model that has one"),
-    ("model.llm", config.model.llm, "a folder with a Llama or Qwen2 language model, or with a model that has one"),
+    (
+      "model.llm",
+      config.model.llm,
+      "a folder with a Llama, Mistral or Qwen2 language model, or with a model that has one",
+    ),
   ]
   for field, folder, kind in towers[:1] if names == ["vdim"] else towers:
     known = lookup(folder)

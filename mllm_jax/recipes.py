@@ -35,10 +35,20 @@ def parameter_table(projector: float, lora: float = 0.0) -> tuple[tuple[str, flo
 
 
 def llava(
-  name: str, projector: ProjectorConfig, variant: str, demo_projector: ProjectorConfig, vision: str = CLIP
+  name: str,
+  projector: ProjectorConfig,
+  variant: str,
+  demo_projector: ProjectorConfig,
+  *,
+  vision: str = CLIP,
+  llm: str = "weights/vicuna-7b-v1.5",
+  template: str = "vicuna_v1",
 ) -> Config:
   """The full-size recipe, with variant "demo" the small one, with "demo_shapes" that on pictures of many shapes. Raises
-  ConfigError for another variant. The demos have a tower of their own, whatever `vision` is."""
+  ConfigError for another variant.
+
+  vision, llm, template: the towers at full size, and the template of the conversations.
+  """
   if variant == "demo":
     return demo(name, demo_projector)
   if variant == "demo_shapes":
@@ -46,14 +56,14 @@ def llava(
     return dataclasses.replace(config, name=f"{name}-demo_shapes", demo_shapes=True)
   if variant:
     raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there are :demo and :demo_shapes")
-  return full_size(name, projector, vision)
+  return full_size(name, projector, llm, template, vision)
 
 
-def full_size(name: str, projector: ProjectorConfig, vision: str) -> Config:
+def full_size(name: str, projector: ProjectorConfig, llm: str, template: str, vision: str = CLIP) -> Config:
   """The paper's hyper-parameters (section 4.1): 256 at 1e-3, then 128 with LoRA at 2e-4, projector at 2e-5."""
   return Config(
     name=name,
-    model=ModelRecipe(vision=vision, llm="weights/vicuna-7b-v1.5", projector=projector),
+    model=ModelRecipe(vision=vision, llm=llm, projector=projector),
     pretrain=StageConfig(
       # 582 visual tokens leave 186 places for a caption; a longer one is truncated.
       data=DataConfig(
@@ -69,7 +79,7 @@ def full_size(name: str, projector: ProjectorConfig, vision: str) -> Config:
       data=DataConfig(
         path="playground/data/llava_v1_5_mix665k.json",
         image_folder="playground/data",
-        template="vicuna_v1",
+        template=template,
         max_length=2048,
       ),
       lora=LoraConfig(rank=128, alpha=256.0, dropout=0.05),

@@ -10,14 +10,15 @@ from mllm_jax.run_control import say
 MUCH = 0.05  # of packed rows; what suits the data leaves half of it empty or less
 
 
-def load_data(config: Config, stage: StageConfig, processor, folder: Path):
-  """The batches of a stage, after a look at every record. Raises DataError with all that is wrong.
+def load_data(config: Config, stage: StageConfig, processor, folder: Path, mesh):
+  """The batches of a stage on a mesh, after a look at every record. Raises DataError with all that is wrong.
 
   Where the batching needs to know how long the samples are, that is kept in `folder` for when the run is continued.
   """
   import jax
   from tqdm import tqdm
 
+  from mllm_jax import sharding
   from mllm_jax.data import lengths
   from mllm_jax.data.bad_samples import MINIMUM, BadSamples
   from mllm_jax.data.pipeline import TrainingBatches
@@ -37,6 +38,9 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
       )
       bar.update(len(records) - bar.n)
     judge(stage, records, problems)
+  share, shares = sharding.row_share(mesh, jax.process_index())
+  # Of the processes that make the same rows the first one writes down what is bad among them.
+  noted = share not in [sharding.row_share(mesh, other)[0] for other in range(jax.process_index())]
   batches = TrainingBatches(
     records,
     processor,
@@ -49,12 +53,12 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path):
     buckets=stage.data.buckets,
     row_length=stage.data.row_length,
     lengths=table,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=share,
+    process_count=shares,
     threads=config.loader_threads,
     workers=config.loader_workers,
     on_bad_sample=stage.data.on_bad_sample,
-    bad_samples=BadSamples(stage.data.max_bad_share, folder, minimum=min(MINIMUM, len(records))),
+    bad_samples=BadSamples(stage.data.max_bad_share, folder if noted else None, minimum=min(MINIMUM, len(records))),
   )
   if stage.data.batching == "pack" and batches.order.padding > MUCH:
     say(

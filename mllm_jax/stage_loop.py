@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mllm_jax import distributed
+import jax
+
+from mllm_jax import distributed, sharding
 from mllm_jax.config import Config, to_dict
 from mllm_jax.continuation import check_identity
 from mllm_jax.data.records import DataError
@@ -65,7 +67,7 @@ class StageRun:
   def train(self, train_step, state: TrainState, frozen: dict, batches, flops: Callable[[Any], float]) -> TrainState:
     """The steps that are left, and a last checkpoint. `flops` is the `Reporter`'s. Raises Stopped where that is before
     the end."""
-    start = int(state.step)
+    start, shares = int(state.step), sharding.row_share(self.mesh, jax.process_index())[1]
     try:
       state = run_steps(
         train_step,
@@ -77,7 +79,9 @@ class StageRun:
         save=self._save,
         save_every=self.config.checkpoint_every,
         stop=self.stop,
-        reporter=Reporter(self.config, self.name, self.stage, self.folder, self.log, start, batches.steps, flops),
+        reporter=Reporter(
+          self.config, self.name, self.stage, self.folder, self.log, start, batches.steps, flops, shares
+        ),
       )
       self._save(state)
     except (DataError, NotFinite) as error:

@@ -54,8 +54,6 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   shares = sharding.row_share(mesh, jax.process_index())[1]
   for name in names:
     preflight.check_stage(name, getattr(config, name), sharding.batch_shards(mesh), shares)
-    if name != "vdim" and shares < jax.process_count():
-      raise ConfigError("an axis tensor that runs through several processes is not supported for this stage")
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   kind = mesh.devices.flat[0].platform
   processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -127,7 +125,7 @@ def train_stage(run) -> None:
   for turn in data_turns(stage):
     with distributed.agreed(f"{name}, data"):
       if distributed.is_first() in turn:
-        batches = load_data(config, stage, processor, run.folder)
+        batches = load_data(config, stage, processor, run.folder, mesh)
 
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))

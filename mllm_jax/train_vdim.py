@@ -86,7 +86,7 @@ def train_vdim(run: StageRun) -> None:
   if start is not None:
     state = run.checkpoints.restore(start, state)
   del trainable
-  step_flops = flops.vdim_flops(vision, stage, shapes, identity["model"]["levels"]) / jax.process_count()
+  step_flops = flops.vdim_flops(vision, stage, shapes, identity["model"]["levels"]) / shares
   shardings = step_lib.state_shardings(optimizer, state.trainable, mesh)
   train_step = vdim_step.make_step(graphdef, stage, config.seed, mesh, optimizer, shardings)
 

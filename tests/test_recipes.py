@@ -30,9 +30,19 @@ def uhd_v1_projector(width: int, vision: int = 1024) -> int:
   return 2 * 144 * width + vision * width + 3 * 2 * width + 5 * width**2 + 4 * width
 
 
+def sp_projector(width: int, vision: int = 1024, conv: int = 512) -> int:
+  """Parameters of LLaVA-SP's cropping with DFI."""
+  kernels = sum(size**2 for size in range(4, 25, 4)) + 16**2
+  dfi = 3 * (2 * conv + conv**2 + conv)
+  return kernels * vision * conv + dfi + 2 * conv * width + width + vision * width + width + width**2 + width
+
+
 PROJECTOR = {
   "llava15": 20_979_712,
   "sp_cropping": 923_550_208,
+  "sp_qwen2_5": sp_projector(3584),
+  "sp_mistral": 923_550_208,
+  "sp_llama3": 923_550_208,
   "sp_pooling": 923_546_112,
   "sp_cropping_transformer": 427_968_512,
   "sp_pooling_transformer": 427_968_512,
@@ -47,13 +57,19 @@ PROJECTOR = {
   "uhd_v2_qwen2": uhd_projector(3584),
 }
 QWEN2_7B = 7_615_616_512
+DECODERS = {  # parameters, those of the paper's adapters, template, repository
+  "vicuna": (6_738_415_616, 319_815_680, "vicuna_v1", "lmsys/vicuna-7b-v1.5"),
+  "sp_qwen2_5": (QWEN2_7B, 322_961_408, "qwen2_5", "Qwen/Qwen2.5-7B-Instruct"),
+  "sp_mistral": (7_241_732_096, 335_544_320, "mistral_instruct", "mistralai/Mistral-7B-Instruct-v0.1"),
+  "sp_llama3": (8_030_261_248, 335_544_320, "llava_llama_3", "meta-llama/Llama-3.1-8B-Instruct"),
+  "uhd_v2_qwen2": (QWEN2_7B, 0, "chatml", "Qwen/Qwen2-7B-Instruct"),
+}
 LLAVA = [path for path in RECIPES if not path.stem.startswith("uhd")]
 UHD = [path for path in RECIPES if path.stem.startswith("uhd")]
 CLIP_L = 290_909_184  # CLIP-L/14-336 without its last layer and post-norm: 23 layers
 # SigLIP-L/16-384's patches are larger and have a bias, its table is one place shorter, and there is no first norm.
 SIGLIP_L = CLIP_L + 1024 * (3 * (16**2 - 14**2) + 1 - 1 - 1 - 2)
 VICUNA = {"7b": 6_738_415_616, "13b": 13_015_864_320}
-LORA_7B = 319_815_680
 
 
 def load(path: Path, variant: str = "") -> Config:
@@ -70,8 +86,8 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
 
 # The demos have towers and a decoder of their own: with others at full size they are those of other recipes. The
 # stages of LLaVA-SP's ablations are sp_cropping's, so that the last, which trains more, stands for both.
-SAME_DEMO = ("uhd_v2_qwen2", "sp_siglip_cropping", "sp_siglip_pooling", "sp_siglip_baseline", "sp_pooling_transformer")
-BOTH_STAGES = ("sp_cropping", "sp_pooling")
+SAME_DEMO = (*DECODERS, "sp_siglip_cropping", "sp_siglip_pooling", "sp_siglip_baseline", "sp_pooling_transformer")
+ONE_STAGE = ("transformer", "light", "windows", "conv49", "siglip")
 TRACED = [(path, variant) for path in RECIPES for variant in ("", "demo") if not (variant and path.stem in SAME_DEMO)]
 
 
@@ -79,9 +95,8 @@ TRACED = [(path, variant) for path in RECIPES for variant in ("", "demo") if not
 def test_both_stages_trace_at_full_size(path, variant):
   config = load(path, variant)
   mesh = sharding.make_mesh(config.mesh, jax.devices()[: config.mesh.cpu_devices or None])
-  for name in preflight.stage_names(config)[
-    -1 if path.stem.startswith("sp_") and path.stem not in BOTH_STAGES else 0 :
-  ]:
+  names = preflight.stage_names(config)
+  for name in names[-1:] if any(word in path.stem for word in ONE_STAGE) else names:
     if name == "vdim":
       trace_vdim(config, jax.devices()[: 1 if variant else 8])
       continue
@@ -91,9 +106,10 @@ def test_both_stages_trace_at_full_size(path, variant):
     if not variant:
       assert count(flat, "projector/") == PROJECTOR[path.stem]
       assert count(flat, "vision/") == (SIGLIP_L if "siglip" in path.stem else CLIP_L)
-      assert count(flat, "decoder/", without="/lora/") == (QWEN2_7B if "qwen2" in path.stem else VICUNA["7b"])
+      decoder, adapters, *_ = DECODERS.get(path.stem, DECODERS["vicuna"])
+      assert count(flat, "decoder/", without="/lora/") == decoder
       assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (
-        LORA_7B if name == "finetune" and path in LLAVA else 0
+        adapters if name == "finetune" and path in LLAVA else 0
       )
     assert_traces(step)
     assert stage.data.max_length > projectors.tokens_per_crop(model)
@@ -195,9 +211,8 @@ def test_the_papers_hyper_parameters(path):
   assert (finetune.lora.rank, finetune.lora.alpha, finetune.lora.dropout) == (128, 256.0, 0.05)
   for stage in (pretrain, finetune):
     assert (stage.warmup_ratio, stage.weight_decay, stage.epochs, stage.clip_norm) == (0.03, 0.0, 1.0, 0.0)
-  assert (
-    pretrain.data.template == "plain" and finetune.data.template == "vicuna_v1" and finetune.data.max_length == 2048
-  )
+  template = DECODERS.get(path.stem, DECODERS["vicuna"])[2]
+  assert (pretrain.data.template, finetune.data.template, finetune.data.max_length) == ("plain", template, 2048)
 
 
 def test_an_unknown_variant_is_an_error():
@@ -226,9 +241,7 @@ def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
     "hf download google/siglip-large-patch16-384 --local-dir weights/siglip-large-patch16-384"
     if "siglip" in path.stem
     else "hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
-    "hf download Qwen/Qwen2-7B-Instruct --local-dir weights/qwen2-7b-instruct"
-    if "qwen2" in path.stem
-    else "hf download lmsys/vicuna-7b-v1.5 --local-dir weights/vicuna-7b-v1.5",
+    f"hf download {DECODERS.get(path.stem, DECODERS['vicuna'])[3]} --local-dir {load(path).model.llm}",
     f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
     "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json",
     f"--config=configs/{path.name}:demo",

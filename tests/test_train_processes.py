@@ -53,9 +53,9 @@ def run_here(folder: Path, workdir: Path, devices: int, *options: str) -> int:
         signal.signal(number, handler)
 
 
-def start_pair(folder: Path, workdir: Path, *options: str) -> list[subprocess.Popen]:
+def start_pair(folder: Path, workdir: Path, *options: str, data: int = 2) -> list[subprocess.Popen]:
   port = free_port()
-  command = [sys.executable, "-m", "mllm_jax.train", *arguments(folder, workdir, options), "--config.mesh.data=2"]
+  command = [sys.executable, "-m", "mllm_jax.train", *arguments(folder, workdir, options), f"--config.mesh.data={data}"]
   return [
     subprocess.Popen(
       command, env=environment(index, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
@@ -136,6 +136,31 @@ def test_two_processes_finish_a_run(folder, one_process):
   for name in one.names():
     # Adam's first steps are the gradient's sign, also where that is all rounding.
     np.testing.assert_allclose(one.read(name), two.read(name), atol=1e-3)
+
+
+@pytest.mark.long
+def test_an_axis_tensor_runs_through_both(folder, one_process):
+  """Both make the same rows, and each has half of every product."""
+  workdir = up_to(16, one_process, folder / "tensor")
+  processes = start_pair(folder, workdir, *BARE, "--config.mesh.fsdp=1", "--config.mesh.tensor=8", data=1)
+  texts = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], texts
+  assert "8 cpu device(s) of 2 processes (data 1 x fsdp 1 x tensor 8)" in texts[0][0]
+  check_losses(workdir, one_process)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batching", ["pack", "group"])
+def test_rows_of_several_lengths_are_shared(folder, batching):
+  options = (*BARE, f"--config.pretrain.data.batching={batching}", "--config.pretrain.steps=4")
+  alone, shared = folder / f"{batching}-alone", folder / f"{batching}-shared"
+  assert run_here(folder, alone, 8, *options) == 0
+  processes = start_pair(folder, shared, *options)
+  texts = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], texts
+  losses = [[row["loss"] for row in rows(path) if "loss" in row] for path in (alone, shared)]
+  assert len(losses[0]) == 4
+  np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.long

@@ -131,7 +131,8 @@ def stage_flops(config: Config, name: str, step: abstract_step.AbstractStep) -> 
   if name == "vdim":
     return flops.vdim_flops(vision, stage, step.flat, vdim_step.count_levels(config.model.projector))
   model = build.architecture(config.model, stage.lora)
-  return flops.step_flops(model, step.flat, step.rates, flops.full_work(step.batch, vision))
+  work = flops.full_work(step.batch, vision, model.decoder.sliding_window)
+  return flops.step_flops(model, step.flat, step.rates, work)
 
 
 def local_bytes(x: jax.ShapeDtypeStruct) -> int:

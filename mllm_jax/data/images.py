@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import image_files
-from mllm_jax.data.records import DataError
+from mllm_jax.data.records import DataError, ImageSize
 from mllm_jax.places import PlaceError
 
 # What Pillow raises on damaged files: its plugins let the exceptions of the parsers below them through.
@@ -71,8 +71,10 @@ def read(source: str | bytes, name: str) -> bytes:
     raise DataError(f"{name} cannot be read ({error}); restore the file or take the sample out") from error
 
 
-def size(source: str | bytes, *, sample_name: str = "") -> tuple[int, int]:
+def size(source: str | bytes | ImageSize, *, sample_name: str = "") -> tuple[int, int]:
   """(width, height) of what `load` gives, from the file's header alone. Raises DataError as `load` does."""
+  if isinstance(source, ImageSize):
+    return tuple(source)
   what = source if isinstance(source, str) else f"of {len(source)} bytes inside the record"
   name = f"{sample_name}: image {what}" if sample_name else f"image {what}"
   try:

@@ -33,13 +33,21 @@ class Turn:
   category: str = ""
 
 
+class ImageSize(NamedTuple):
+  """An image of which nothing but its size in pixels is at hand."""
+
+  width: int
+  height: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
   """One conversation and the images it is about.
 
   id: the file's own id as text; the sample's index where the file gives none.
   index: place in the file, from 0.
-  images: in the order of the placeholders: paths, already joined to the image folder, or the encoded bytes themselves.
+  images: in the order of the placeholders: paths, already joined to the image folder, or the encoded bytes themselves,
+    or, in `Records.outlines`, their sizes.
   turns: beginning with a human one, roles alternating.
   category: what an evaluation counts the sample under ("" if nothing).
   system: replaces the template's system text; None keeps it.
@@ -48,7 +56,7 @@ class Sample:
 
   id: str
   index: int
-  images: tuple[str | bytes, ...]
+  images: tuple[str | bytes | ImageSize, ...]
   turns: tuple[Turn, ...]
   category: str = ""
   system: str | None = None
@@ -78,6 +86,10 @@ class Records(Sequence):
     from mllm_jax.data.sources import open_source  # the kinds are made of what stands in this file
 
     return open_source(path, image_folder)
+
+  def outlines(self) -> "Records":
+    """The same samples for those who look at no pixel; images may be sizes alone, where that saves reading them."""
+    return self
 
   def _index(self, i: int) -> int:
     """`i` counted from the beginning. Raises IndexError outside the source."""
@@ -129,6 +141,7 @@ def check(records: Records, *, max_images: int, processes: int = 1) -> list[tupl
   turns other than the number of images, more than `max_images` images, no human turn, and no answer to train on.
   `processes` share the work where it is enough for that.
   """
+  records = records.outlines()
   parts = [range(start, min(start + CHECKED, len(records))) for start in range(0, len(records), CHECKED)]
   if processes == 1 or len(parts) < 4:
     return [line for part in parts for line in check_part(records, part, max_images)]

@@ -15,6 +15,12 @@ VICUNA_SYSTEM = (
   "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 QWEN_SYSTEM = "You are a helpful assistant."
+QWEN2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# InternVL 2's conversation `Hermes-2`: "You are InternVL, a multimodal model that Shanghai AI Laboratory and SenseTime
+# developed together, a helpful and harmless assistant."
+INTERNVL2_SYSTEM = (
+  "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
 # LLaVA-NeXT's conversation `llava_llama_3`.
 LLAMA_3_SYSTEM = (
   "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -100,8 +106,35 @@ def chatml(turns: Sequence[Turn], system: str | None, tokenizer: ChatTokenizer |
   Qwen2's own system text stands in front where the sample has none, and nothing does where the sample's is empty.
   """
   del tokenizer
-  header = lambda role, trained_on: _chatml_header(role)
-  return _blocks(turns, QWEN_SYSTEM if system is None else system, header, "<|im_end|>", "\n")
+  return _chatml(turns, QWEN_SYSTEM if system is None else system, "\n")
+
+
+def qwen2_5(turns: Sequence[Turn], system: str | None, tokenizer: ChatTokenizer | None = None) -> list[Piece]:
+  """`chatml` with Qwen2.5's own system text."""
+  del tokenizer
+  return _chatml(turns, QWEN2_5_SYSTEM if system is None else system, "\n")
+
+
+def internvl2(turns: Sequence[Turn], system: str | None, tokenizer: ChatTokenizer | None = None) -> list[Piece]:
+  """`chatml` as InternVL 2 writes it: with its own system text, and without a newline between the blocks."""
+  del tokenizer
+  return _chatml(turns, INTERNVL2_SYSTEM if system is None else system, "")
+
+
+def mistral_instruct(turns: Sequence[Turn], system: str | None, tokenizer: ChatTokenizer | None = None) -> list[Piece]:
+  """Mistral 7B's, up to version 0.2: "[INST] q [/INST] a</s>[INST] ..."; trained on are " a</s>".
+
+  It has no place for a system text: the sample's stands before the first question, with an empty line between.
+  """
+  del tokenizer
+  pieces = []
+  for number, turn in enumerate(turns):
+    if turn.role == "human":
+      first = [Piece("text", f"{system}\n\n")] if system and not number else []
+      pieces += [Piece("text", "[INST] "), *first, *question(turn.text), Piece("text", " [/INST]")]
+    elif turn.text:
+      pieces += [Piece("text", " " + turn.text, True), END]
+  return pieces
 
 
 def chatml_released(turns: Sequence[Turn], system: str | None, tokenizer: ChatTokenizer | None = None) -> list[Piece]:
@@ -131,6 +164,10 @@ def llava_llama_3(turns: Sequence[Turn], system: str | None, tokenizer: ChatToke
 def jinja(turns: Sequence[Turn], system: str | None, tokenizer: ChatTokenizer) -> list[Piece]:
   """The chat template beside the tokenizer; trained on are each answer and the special token that ends it."""
   return jinja_template.pieces([(ROLES[turn.role], _contents(turn)) for turn in turns], system, tokenizer)
+
+
+def _chatml(turns: Sequence[Turn], system: str, after: str) -> list[Piece]:
+  return _blocks(turns, system, lambda role, trained_on: _chatml_header(role), "<|im_end|>", after)
 
 
 def _contents(turn: Turn) -> list[Piece]:
@@ -172,6 +209,9 @@ TEMPLATES: dict[str, Template] = {
   "vicuna_v1": Template(vicuna_v1),
   "plain": Template(plain),
   "chatml": Template(chatml, "<|im_end|>", CHATML_TOKENS),
+  "qwen2_5": Template(qwen2_5, "<|im_end|>", CHATML_TOKENS),
+  "internvl2": Template(internvl2, "<|im_end|>", CHATML_TOKENS),
+  "mistral_instruct": Template(mistral_instruct),
   "chatml_released": Template(chatml_released, "<|im_end|>", CHATML_TOKENS, (*CHATML_TOKENS, "\n")),
   "llava_llama_3": Template(llava_llama_3, "<|eot_id|>", LLAMA_3_TOKENS),
   "jinja": Template(jinja),

@@ -25,7 +25,8 @@ TOKENIZER_FILES = (
   "chat_template.json",
 )
 # What the language model is in a model of LLaVA's own types.
-DECODER_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
+DECODER_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+DECODER_TYPES |= {"llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters without a meaning: Unicode's plane 15
 STRUCTURAL = re.compile(r"<\|.*\|>")  # tokens of structure by their name, whether or not the files call them special
 
@@ -350,5 +351,5 @@ def copy_tokenizer(folder: str | os.PathLike, to: str | os.PathLike) -> None:
   if read(folder / "tokenizer_config.json").get("tokenizer_class") or not (folder / "config.json").is_file():
     return
   whole = read(folder / "config.json")
-  kind = whole.get("text_config", whole).get("model_type", "llama")
+  kind = whole.get("text_config", whole.get("llm_config", whole)).get("model_type", "llama")
   (to / "config.json").write_text(json.dumps({"model_type": DECODER_TYPES.get(kind, kind)}), encoding="utf-8")

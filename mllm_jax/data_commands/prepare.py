@@ -18,8 +18,16 @@ from tqdm import tqdm
 from mllm_jax.data import images
 from mllm_jax.data.bad_samples import FILE, check_share
 from mllm_jax.data.records import DataError, Records, Sample
-from mllm_jax.data.sources import SHARD
-from mllm_jax.data.sources.array_record import MANIFEST, PLAN, VERSION, WRITE_OPTIONS, encode_record, read_manifest
+from mllm_jax.data.sources import SHARD, outlines
+from mllm_jax.data.sources.array_record import (
+  MANIFEST,
+  PLAN,
+  VERSION,
+  WRITE_OPTIONS,
+  encode_record,
+  header_of,
+  read_manifest,
+)
 from mllm_jax.data_commands.settings import add_data_arguments, data_settings
 
 PURPOSE = "write the data as ArrayRecord shards with the images inside; --out is then a data.path"
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
   begin(out, plan)
   names = shard_names(len(records), args.samples_per_shard)
-  todo = [number for number, name in enumerate(names) if not (out / name).exists()]
+  todo = [number for number, name in enumerate(names) if not written(out, name)]
   work = [(number, names[number], plan, str(out)) for number in todo]
   bad = sum(planned(number, plan) - count(out / name) for number, name in enumerate(names) if number not in set(todo))
   seen = sum(planned(number, plan) for number in range(len(names)) if number not in set(todo))
@@ -67,7 +75,15 @@ def run(args: argparse.Namespace) -> int:
   check_share(bad, seen, settings.data.max_bad_share, f"; {out / FILE} lists them")
   if bad == seen:
     raise DataError(f"{records.source}: not one of its {seen} samples can be used; {out / FILE} says why")
-  shards = [{"name": name, "samples": count(out / name), "bytes": (out / name).stat().st_size} for name in names]
+  shards = [
+    {
+      "name": name,
+      "samples": count(out / name),
+      "bytes": (out / name).stat().st_size,
+      "outlines": (out / outlines.name_for(name)).stat().st_size,
+    }
+    for name in names
+  ]
   write_json(out / MANIFEST, {**plan, "shards": shards})
   (out / PLAN).unlink()
   print(f"{seen - bad:,} samples in {len(names)} shards" + (f", {bad:,} bad ones left out" if bad else ""))
@@ -92,7 +108,7 @@ def finished(out: Path, plan: dict) -> bool:
   if manifest is None:
     return False
   refuse_other(out, {key: manifest.get(key) for key in plan}, plan)
-  return all((out / shard["name"]).is_file() for shard in manifest["shards"])
+  return all(written(out, shard["name"]) for shard in manifest["shards"])
 
 
 def begin(out: Path, plan: dict) -> None:
@@ -114,6 +130,11 @@ def refuse_other(out: Path, there: dict, plan: dict) -> None:
 def shard_names(samples: int, per_shard: int) -> list[str]:
   number = -(-samples // per_shard)
   return [f"data-{i:05d}-of-{number:05d}{SHARD}" for i in range(number)]
+
+
+def written(out: Path, name: str) -> bool:
+  """Whether a shard is there, and its outlines, which versions before them did not write."""
+  return (out / name).is_file() and (out / outlines.name_for(name)).is_file()
 
 
 def planned(number: int, plan: dict) -> int:
@@ -158,18 +179,24 @@ def write_shard(records: Records, number: int, name: str, plan: dict, out: str) 
 
   target, partial = os.path.join(out, name), os.path.join(out, name + ".partial")
   writer = array_record_module.ArrayRecordWriter(partial, WRITE_OPTIONS)
-  problems = []
+  lines, problems = [], []
   first = number * plan["samples_per_shard"]
   for i in range(first, first + planned(number, plan)):
     try:
       sample = records[i]
-      writer.write(encode_record(sample, [encoded(image, sample, plan["max_side"]) for image in sample.images]))
+      stored = [encoded(image, sample, plan["max_side"]) for image in sample.images]
+      sizes = [images.size(image, sample_name=sample.name) for image in stored]
+      writer.write(encode_record(sample, stored))
+      lines.append(outlines.encode(header_of(sample), sizes))
     except DataError as error:
       if plan["on_bad_sample"] == "error":
         writer.close()
         raise DataError(f"{error}; --on_bad_sample=skip leaves such samples out") from error
       problems.append((i, str(error)))
   writer.close()
+  beside = os.path.join(out, outlines.name_for(name))
+  outlines.write(beside + ".partial", lines)
+  os.replace(beside + ".partial", beside)
   os.replace(partial, target)
   return number, problems
 

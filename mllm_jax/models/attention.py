@@ -39,22 +39,32 @@ def causal(
   values: jax.Array,
   segment_ids: jax.Array,
   *,
+  window: int = 0,
   implementation: str = "auto",
   packed: bool = True,
 ) -> jax.Array:
-  """Attention of whole rows, where a query sees the keys of its own segment up to its own place.
+  """Attention of whole rows, where a query sees the keys of its own segment up to its own place, or with a `window` the
+  last so many of them.
 
   queries [B, S, H, N]; keys and values [B, S, G, N]; segment_ids int [B, S], 0: padding. Where not `packed` each row
   must be one segment with padding after it. Returns [B, S, H, N]; what stands at padding is finite and of no use.
   """
   chosen = choose(implementation, packed=packed, dtype=queries.dtype, head_width=queries.shape[-1])
   if chosen == "splash":
-    return splash(queries, keys, values, segment_ids, segment_ids, is_causal=True)
+    return splash(queries, keys, values, segment_ids, segment_ids, is_causal=True, window=window)
   if chosen == "cudnn":
-    attended = cudnn(queries, keys, values, (segment_ids > 0).sum(axis=1, dtype=jnp.int32), is_causal=True)
+    lengths = (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
+    attended = cudnn(queries, keys, values, lengths, is_causal=True, window=window)
   else:
-    attended = _causal_blocks(queries, keys, values, segment_ids)
+    attended = _causal_blocks(queries, keys, values, segment_ids, window)
   return checkpoint_name(attended, SAVED_NAME)
+
+
+def causal_mask(queries_at: jax.Array, keys_at: jax.Array, window: int) -> jax.Array:
+  """bool [..., S, T]: whether the query at a place of `queries_at` [..., S] sees the key at one of `keys_at` [..., T],
+  which is none after its own and, with a `window`, one of the last so many."""
+  back = queries_at[..., :, None] - keys_at[..., None, :]
+  return (back >= 0) & (back < window) if window else back >= 0
 
 
 def bidirectional(
@@ -119,16 +129,16 @@ def _device() -> str:
   return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def _causal_blocks(queries, keys, values, segment_ids):
-  """`causal` by plain products. A block of queries meets only the keys up to its own end, and its logits are made again
-  in the backward pass, so that those of a whole row are never held."""
+def _causal_blocks(queries, keys, values, segment_ids, window):
+  """`causal` by plain products. A block of queries meets only the keys that some of them may see, and its logits are
+  made again in the backward pass, so that those of a whole row are never held."""
   length = queries.shape[1]
 
   def block(queries, keys, values, segment_ids):
     count, end = queries.shape[1], keys.shape[1]
     places = jnp.arange(end)
     mine, mine_at = segment_ids[:, end - count :], places[end - count :]
-    mask = (mine[:, :, None] == segment_ids[:, None, :]) & (mine_at[:, None] >= places[None, :])
+    mask = (mine[:, :, None] == segment_ids[:, None, :]) & causal_mask(mine_at, places, window)
     return attention(queries, keys, values, mask[:, None])
 
   if length <= XLA_BLOCK:
@@ -136,7 +146,8 @@ def _causal_blocks(queries, keys, values, segment_ids):
   run, parts = jax.checkpoint(block), []
   for start in range(0, length, XLA_BLOCK):
     end = min(start + XLA_BLOCK, length)
-    parts.append(run(queries[:, start:end], keys[:, :end], values[:, :end], segment_ids[:, :end]))
+    first = max(start + 1 - window, 0) if window else 0
+    parts.append(run(queries[:, start:end], keys[:, first:end], values[:, first:end], segment_ids[:, first:end]))
   return jnp.concatenate(parts, axis=1)
 
 
@@ -147,15 +158,17 @@ def cudnn(
   lengths: jax.Array | None,
   *,
   is_causal: bool,
+  window: int = 0,
   implementation: str = "cudnn",
 ) -> jax.Array:
-  """cuDNN's attention; keys from each row's length on, int32 [B], are not seen. Another implementation of
-  `jax.nn.dot_product_attention` takes the same arguments.
+  """cuDNN's attention; keys from each row's length on, int32 [B], are not seen, and in causal attention with a `window`
+  only the last so many are. Another implementation of `jax.nn.dot_product_attention` takes the same arguments.
 
   In causal attention the rows are their own keys: queries from the length on are padding too, and give 0.
   """
+  seen_around = (window - 1, 0) if window else None
   call = lambda *arrays, **lengths: jax.nn.dot_product_attention(
-    *arrays, is_causal=is_causal, implementation=implementation, **lengths
+    *arrays, is_causal=is_causal, local_window_size=seen_around, implementation=implementation, **lengths
   )
   if lengths is None:
     return call(queries, keys, values)
@@ -178,13 +191,15 @@ def splash(
   key_segments: jax.Array,
   *,
   is_causal: bool,
+  window: int = 0,
 ) -> jax.Array:
-  """The TPU kernel, each device on its own rows and heads; a query sees the keys with its segment id.
+  """The TPU kernel, each device on its own rows and heads; a query sees the keys with its segment id, in causal
+  attention with a `window` the last so many.
 
   Rows that the mesh's batch axes do not divide, and heads that its tensor axis does not, are computed by all.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  run = lambda *arrays: _splash_on_one(*arrays, is_causal=is_causal)
+  run = lambda *arrays: _splash_on_one(*arrays, is_causal=is_causal, window=window)
   if mesh.empty:
     return run(queries, keys, values, query_segments, key_segments)
   divides = lambda axes, *sizes: all(size % math.prod(mesh.shape[axis] for axis in axes) == 0 for size in sizes)
@@ -206,7 +221,7 @@ def splash_blocks(length: int) -> tuple[int, int]:
   return block, padded[block]
 
 
-def _splash_on_one(queries, keys, values, query_segments, key_segments, *, is_causal):
+def _splash_on_one(queries, keys, values, query_segments, key_segments, *, is_causal, window):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # takes a while
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -215,10 +230,14 @@ def _splash_on_one(queries, keys, values, query_segments, key_segments, *, is_ca
   # Padding has the id 0 on both sides: no query is without a key that it may see.
   pad = lambda x: jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
   arrange = lambda x: jnp.swapaxes(pad(x), 1, 2)
-  kind = masks.CausalMask if is_causal else masks.FullMask
+  shape = (padded, padded)
+  if window:
+    mask = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+  else:
+    mask = masks.CausalMask(shape) if is_causal else masks.FullMask(shape)
   sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
   kernel = kernels.make_splash_mha(
-    masks.MultiHeadMask([kind((padded, padded))] * heads),
+    masks.MultiHeadMask([mask] * heads),
     block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in sizes}),
     head_shards=1,
     q_seq_shards=1,

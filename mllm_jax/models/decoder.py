@@ -1,7 +1,8 @@
-"""The language model: a Llama-type decoder (Touvron et al. 2023; Qwen2, Yang et al. 2024), for training and, with a
-cache, for answers."""
+"""The language model: a Llama-type decoder (Touvron et al. 2023; Qwen2, Yang et al. 2024; Mistral, Jiang et al. 2023),
+for training and, with a cache, for answers."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -48,7 +49,12 @@ class KVCache:
 def rotary_angles(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine of the rotary angles, float32 [B, S, 1, N/2], of integer positions [B, S]."""
   exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
-  angles = positions[..., None, None].astype(jnp.float32) * config.rope_theta**-exponents
+  speeds = config.rope_theta**-exponents
+  if config.rope_factor != 1:
+    turns = config.rope_trained * speeds / (2 * math.pi)
+    kept = jnp.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
+    speeds = speeds * (kept + (1 - kept) / config.rope_factor)
+  angles = positions[..., None, None].astype(jnp.float32) * speeds
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -151,7 +157,7 @@ class Decoder(nnx.Module):
     """
     rotary = rotary_angles(positions, self.config)
     attend = lambda q, k, v: attention_lib.causal(
-      q, k, v, segment_ids, implementation=self.attention, packed=self.packed
+      q, k, v, segment_ids, window=self.config.sliding_window, implementation=self.attention, packed=self.packed
     )
 
     def layer(carry, module):
@@ -169,10 +175,11 @@ class Decoder(nnx.Module):
   def extend(self, embeddings: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Normed hidden states [B, S, D] of new tokens at `positions` [B, S], and the cache with them in it.
 
-    A token sees every slot up to its own position, so what stands in later slots, such as padding, is not seen.
+    A token sees every slot up to its own position, or the last ones of a sliding window, so what stands in later slots,
+    such as padding, is not seen.
     """
     slots = jnp.arange(cache.keys.shape[2])
-    mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
+    mask = attention_lib.causal_mask(positions, slots[None], self.config.sliding_window)[:, None]
     rotary = rotary_angles(positions, self.config)
     attend = lambda q, k, v: attention_lib.attention(q, k, v, mask)
 

@@ -99,6 +99,7 @@ class Reporter:
   """Shows and logs the numbers of finished steps: progress bar, metrics.jsonl, the ids of batches that went wrong.
 
   flops: the model FLOPs of a host batch, this process' rows of it.
+  shares: that a step's rows are made in, see `sharding.row_share`.
   """
 
   def __init__(
@@ -111,9 +112,10 @@ class Reporter:
     start: int,
     steps: int,
     flops: Callable[[Any], float],
+    shares: int = 1,
   ):
     self.config, self.name, self.folder, self.log, self.steps = config, name, folder, log, steps
-    self.flops = flops
+    self.flops, self.shares = flops, shares
     self.clock = Clock()
     self.bar = tqdm(
       total=steps, initial=start, desc=name, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True
@@ -129,13 +131,13 @@ class Reporter:
     """Waits for a step's numbers. Raises NotFinite after config.max_nonfinite bad steps in a row."""
     values: dict[str, Any] = {key: value.item() for key, value in jax.device_get(numbers).items()}
     # The other processes may have some more or fewer samples, and shorter or longer ones.
-    self.clock.tick(len(ids) * jax.process_count(), values["tokens"], flops * jax.process_count())
+    self.clock.tick(len(ids) * self.shares, values["tokens"], flops * self.shares)
     self.bar.update()
     bad = values["skipped_in_row"]
     if bad:
       path = self.folder / "nonfinite.jsonl"
-      shares = distributed.gather(json.dumps(ids))  # in the order of their processes
-      ids = [name for share in shares for name in json.loads(share)]
+      told = distributed.gather(json.dumps(ids))  # in the order of their processes, some of which have the same rows
+      ids = [name for share in dict.fromkeys(told) for name in json.loads(share)]
       if distributed.is_first():
         row = {"step": step, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"]), "ids": ids}
         with open(path, "a", encoding="utf-8") as file:

@@ -36,6 +36,19 @@ SIGLIP_L = VisionConfig(
   mean=(0.5,) * 3,
   std=(0.5,) * 3,
 )
+QWEN2_7B = DecoderConfig(
+  vocab_size=152064,
+  width=3584,
+  layers=28,
+  heads=28,
+  kv_heads=4,
+  mlp_width=18944,
+  rope_theta=1e6,
+  norm_eps=1e-6,
+  attention_bias=True,
+  max_positions=32768,
+)
+LLAMA3_8B = DecoderConfig(vocab_size=128256, kv_heads=8, mlp_width=14336, rope_theta=5e5, max_positions=8192)
 PUBLISHED = {
   "clip-vit-large-patch14-336": Known("openai/clip-vit-large-patch14-336", VisionConfig()),
   "siglip-large-patch16-384": Known("google/siglip-large-patch16-384", SIGLIP_L),
@@ -52,19 +65,31 @@ PUBLISHED = {
   "vicuna-13b-v1.5": Known(
     "lmsys/vicuna-13b-v1.5", DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824)
   ),
-  "qwen2-7b-instruct": Known(
-    "Qwen/Qwen2-7B-Instruct",
-    DecoderConfig(
-      vocab_size=152064,
-      width=3584,
+  "qwen2-7b-instruct": Known("Qwen/Qwen2-7B-Instruct", QWEN2_7B),
+  "qwen2.5-7b-instruct": Known("Qwen/Qwen2.5-7B-Instruct", QWEN2_7B),
+  "mistral-7b-instruct-v0.1": Known(
+    "mistralai/Mistral-7B-Instruct-v0.1",
+    DecoderConfig(kv_heads=8, mlp_width=14336, sliding_window=4096, max_positions=32768),
+  ),
+  "mistral-7b-instruct-v0.2": Known(
+    "mistralai/Mistral-7B-Instruct-v0.2",
+    DecoderConfig(kv_heads=8, mlp_width=14336, rope_theta=1e6, max_positions=32768),
+  ),
+  "llama-3-8b-instruct": Known("meta-llama/Meta-Llama-3-8B-Instruct", LLAMA3_8B),
+  "llama-3.1-8b-instruct": Known(
+    "meta-llama/Llama-3.1-8B-Instruct", dataclasses.replace(LLAMA3_8B, rope_factor=8.0, max_positions=131072)
+  ),
+  "llama-3.2-3b-instruct": Known(
+    "meta-llama/Llama-3.2-3B-Instruct",
+    dataclasses.replace(
+      LLAMA3_8B,
+      width=3072,
       layers=28,
-      heads=28,
-      kv_heads=4,
-      mlp_width=18944,
-      rope_theta=1e6,
-      norm_eps=1e-6,
-      attention_bias=True,
-      max_positions=32768,
+      heads=24,
+      mlp_width=8192,
+      tied_embeddings=True,
+      rope_factor=32.0,
+      max_positions=131072,
     ),
   ),
 }

@@ -1,7 +1,9 @@
-"""Llama-type decoders as Hugging Face stores them: `LlamaForCausalLM`, which Vicuna v1.5 is, alone or inside a LLaVA
-checkpoint. The reading of configurations and names is shared with Qwen2, which differs in values only.
+"""Llama-type decoders as Hugging Face stores them: `LlamaForCausalLM`, which Vicuna v1.5 and Llama 3 are, alone or
+inside a LLaVA checkpoint. The reading of configurations and names is shared with Qwen2 and Mistral, which differ in
+values only.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ DEFAULTS = {
   "max_position_embeddings": 2048,
 }
 ROPE_THETA = 10000.0
+# Fields of the rotary scaling "llama3", and what DecoderConfig calls them.
+LLAMA3_ROPE = {
+  "factor": "rope_factor",
+  "low_freq_factor": "rope_low",
+  "high_freq_factor": "rope_high",
+  "original_max_position_embeddings": "rope_trained",
+}
 # Settings that would change the result, and the values with which they do nothing.
 NEUTRAL = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
 BIASES = {"attention_bias": False, "mlp_bias": False}
@@ -114,7 +123,7 @@ def decoder_config(
     kv_heads=config.get("num_key_value_heads") or heads,
     head_width=config.get("head_dim") or width // heads,
     mlp_width=config["intermediate_size"],
-    rope_theta=read_rope(where, config),
+    **read_rope(where, config),
     norm_eps=config["rms_norm_eps"],
     tied_embeddings=config["tie_word_embeddings"],
     max_positions=config["max_position_embeddings"],
@@ -122,18 +131,29 @@ def decoder_config(
   return parts.checked(result, where)
 
 
-def read_rope(where: str, config: Mapping[str, Any]) -> float:
-  """The base of the rotary angles, from rope_theta or, as transformers 5 writes it, from rope_parameters."""
+def read_rope(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of the rotary angles: their base, from rope_theta or, as transformers 5 writes it, from rope_parameters,
+  and how Llama 3.1 stretches them. Raises WeightsError for any other stretching."""
   parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
   if not isinstance(parameters, dict):
     raise WeightsError(f"{where} describes its rotary positions by {parameters!r}; download it again")
   kind = parameters.get("rope_type", parameters.get("type", "default"))
-  if kind != "default" or parameters.get("partial_rotary_factor") not in (1.0, None):
+  if kind not in ("default", "llama3") or parameters.get("partial_rotary_factor") not in (1.0, None):
     raise WeightsError(
       f"{where} stretches its rotary positions ({kind!r}: {parameters}), which the decoder does not compute; "
-      "use a checkpoint without rope scaling"
+      "use a checkpoint without rope scaling, or with llama3's"
     )
   theta = parameters.get("rope_theta", config.get("rope_theta", ROPE_THETA))
   if not isinstance(theta, int | float) or theta <= 0:
     raise WeightsError(f"{where}: rope_theta is {theta!r}, and must be a positive number; download it again")
-  return float(theta)
+  if kind == "default":
+    return {"rope_theta": float(theta)}
+  found = {name: parameters.get(name) for name in LLAMA3_ROPE}
+  numbers = all(isinstance(value, int | float) and 0 < value < math.inf for value in found.values())
+  if not numbers or found["factor"] < 1 or found["low_freq_factor"] >= found["high_freq_factor"]:
+    raise WeightsError(
+      f"{where}: the rotary scaling llama3 has {found}; the factor must be 1 or more, low_freq_factor lie below "
+      "high_freq_factor, and none be missing; download it again"
+    )
+  found["original_max_position_embeddings"] = int(found["original_max_position_embeddings"])
+  return {"rope_theta": float(theta)} | {LLAMA3_ROPE[name]: value for name, value in found.items()}

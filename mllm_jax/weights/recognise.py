@@ -16,7 +16,7 @@ from mllm_jax import places
 from mllm_jax.config import DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.tiles import GRIDS
-from mllm_jax.weights import clip, folder, hiwin, llama, mlp, peft, qwen2, siglip, spatial
+from mllm_jax.weights import clip, folder, hiwin, llama, mistral, mlp, peft, qwen2, siglip, spatial
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, missing, read_json
 from mllm_jax.weights.tables import Table
@@ -25,9 +25,10 @@ PARTS = ("vision", "decoder", "projector", "lora")
 SIDE_FILES = (*chat.TOKENIZER_FILES, "config.json", "adapter_config.json", folder.MANIFEST)
 SIDE_FILES += ("preprocessor_config.json", "processor_config.json")
 TOWERS = {"clip": clip, "clip_vision_model": clip, "siglip": siglip, "siglip_vision_model": siglip}
-DECODERS = {"llama": llama, "qwen2": qwen2}
+DECODERS = {"llama": llama, "mistral": mistral, "qwen2": qwen2}
 # LLaVA's own classes: the fields of a plain decoder's configuration with others between them.
-OFFICIAL = {"llava": llama, "llava_llama": llama, "llava_qwen": qwen2, "llava_qwen2": qwen2}
+OFFICIAL = {"llava": llama, "llava_llama": llama, "llava_mistral": mistral, "llava_qwen": qwen2}
+OFFICIAL["llava_qwen2"] = qwen2
 PROJECTOR_FILES = ("non_lora_trainables.bin", "mm_projector.bin", "model.bin")
 
 AnyConfig = VisionConfig | DecoderConfig | ProjectorConfig | LoraConfig

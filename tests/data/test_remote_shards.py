@@ -12,10 +12,12 @@ from test_sources import write_shard
 
 from mllm_jax import places
 from mllm_jax.data import lengths
-from mllm_jax.data.records import DataError, Records
-from mllm_jax.data.sources import array_record, shard_cache
+from mllm_jax.data.records import DataError, Records, check
+from mllm_jax.data.sources import array_record, outlines, shard_cache
 from mllm_jax.data.workers import in_processes
 from mllm_jax.places import PlaceError
+
+CONVERSATION = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
 
 
 @pytest.fixture
@@ -72,6 +74,23 @@ def test_a_shard_is_copied_when_it_is_needed_and_kept(bucket):
   changed = Records.load("memory://shards", "")
   assert [sample.id for sample in changed][3:5] == ["50", "51"] and bucket.copied["data-1.arrayrecord"] == 2
   assert lengths.source_state(changed) != before == lengths.source_state(again)
+
+
+def test_a_look_at_every_sample_copies_no_shard(bucket):
+  with_manifest(bucket)
+  manifest = json.loads(fsspec.filesystem("memory").cat("/shards/manifest.json"))
+  for shard in manifest["shards"]:
+    lines = [outlines.encode({"id": str(i), "conversations": CONVERSATION}, [(7, 5)]) for i in range(shard["samples"])]
+    outlines.write(str(bucket.cache.parent / "outlines"), lines)
+    shard["outlines"] = bucket(outlines.name_for(shard["name"]), (bucket.cache.parent / "outlines").read_bytes())
+  bucket("manifest.json", json.dumps(manifest))
+  records = Records.load("memory://shards", "")
+  assert check(records, max_images=1) == []
+  assert sorted(bucket.copied) == [f"data-{number}.outlines.gz" for number in range(3)]
+  assert set(bucket.copied.values()) == {1}
+
+  bucket("data-1.outlines.gz", b"other")  # of another size than the manifest's: not taken
+  assert Records.load("memory://shards", "").outlines()[3].images != ((7, 5),)
 
 
 def test_patterns_and_single_shards_need_no_manifest(bucket):

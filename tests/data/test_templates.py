@@ -33,6 +33,8 @@ MISTRAL = (
   "{% generation %}{{ ' ' + message['content'] + eos_token}}{% endgeneration %}"
   "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+# Qwen2.5's, without what it says of tools.
+QWEN2_5 = QWEN2.replace("You are a", "You are Qwen, created by Alibaba Cloud. You are a")
 COUNT = int(os.environ.get("CONVERSATIONS", 1200))  # of each pair of a template and a tokenizer
 
 
@@ -73,22 +75,26 @@ def cases(tokenizers, byte_level, with_template):
     for name, tokenizer in everywhere.items()
     for template in ("vicuna_v1", "plain")
   }
-  for template, name in (("chatml", "qwen2"), ("chatml_released", "qwen2"), ("llava_llama_3", "llama_3")):
-    found[f"{template} {name}"] = template, byte_level[name]
+  for case in OF_A_FAMILY:
+    template, name = case.split()
+    found[case] = template, everywhere[name]
   for name, text in (("qwen2", QWEN2), ("llama_3", LLAMA_3), ("spm_new", MISTRAL), ("spm_legacy", MISTRAL)):
     found[f"jinja {name}"] = "jinja", with_template(name, text)[0]
   return found
 
 
+OF_A_FAMILY = [
+  *(f"{template} qwen2" for template in ("chatml", "chatml_released", "qwen2_5", "internvl2")),
+  *(f"mistral_instruct {name}" for name in ("spm_new", "spm_legacy")),
+  "llava_llama_3 llama_3",
+]
 CASES = [
   *(
     f"{template} {name}"
     for name in ("spm_new", "spm_legacy", "qwen2", "llama_3")
     for template in ("vicuna_v1", "plain")
   ),
-  "chatml qwen2",
-  "chatml_released qwen2",
-  "llava_llama_3 llama_3",
+  *OF_A_FAMILY,
   *(f"jinja {name}" for name in ("qwen2", "llama_3", "spm_new", "spm_legacy")),
 ]
 
@@ -166,7 +172,12 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize(
   "template,name,text,default",
-  [("chatml", "qwen2", QWEN2, "You are a helpful assistant."), ("llava_llama_3", "llama_3", LLAMA_3, None)],
+  [
+    ("chatml", "qwen2", QWEN2, "You are a helpful assistant."),
+    ("qwen2_5", "qwen2", QWEN2_5, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    ("internvl2", "qwen2", QWEN2.replace("'\n'}}", "''}}"), chat.templates.INTERNVL2_SYSTEM),
+    ("llava_llama_3", "llama_3", LLAMA_3, None),
+  ],
 )
 def test_ids_are_those_of_the_models_own_template(template, name, text, default, with_template):
   """transformers renders the published template and tokenizes it; so do we, from the pieces and from Jinja."""
@@ -185,6 +196,19 @@ def test_ids_are_those_of_the_models_own_template(template, name, text, default,
         assert prompt.tolist() == ids(messages[:-1], True)
       if system == default:
         assert chat.encode(turns, template, tokenizer, 0).ids.tolist() == ids(messages, False)
+
+
+def test_mistral_instruct_is_mistrals_own_template(with_template):
+  tokenizer, _ = with_template("spm_legacy", MISTRAL)  # as Mistral's tokenizers are
+  for turns in CONVERSATIONS:
+    n_images = sum("<image>" in turn.text for turn in turns)
+    own, jinja = (chat.encode(turns, template, tokenizer, n_images) for template in ("mistral_instruct", "jinja"))
+    assert own.ids.tolist() == jinja.ids.tolist() and own.trained_on.tolist() == jinja.trained_on.tolist()
+  told, whole = (
+    chat.encode(talk(text, "A"), "mistral_instruct", tokenizer, 0, system)
+    for text, system in (("Q", "Be brief."), ("Be brief.\n\nQ", None))
+  )
+  assert told.ids.tolist() == whole.ids.tolist()
 
 
 def test_released_labels_of_chatml(byte_level_folders, byte_level):
@@ -228,6 +252,7 @@ def test_system_texts(byte_level):
 
 def test_what_ends_an_answer(cases):
   names = {"chatml qwen2": "<|im_end|>", "llava_llama_3 llama_3": "<|eot_id|>", "vicuna_v1 spm_new": "</s>"}
+  names |= {"qwen2_5 qwen2": "<|im_end|>", "internvl2 qwen2": "<|im_end|>", "mistral_instruct spm_legacy": "</s>"}
   names |= {"jinja qwen2": "<|im_end|>", "jinja llama_3": "<|eot_id|>", "jinja spm_legacy": "</s>"}
   for case, name in names.items():
     template, tokenizer = cases[case]

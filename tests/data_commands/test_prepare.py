@@ -1,22 +1,26 @@
 """`python -m mllm_jax.data prepare`: the same samples, the same bytes, also when it is stopped in between."""
 
+import dataclasses
 import io
 import json
 import os
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mllm_jax.config import VisionConfig
+from mllm_jax.data import images, lengths
 from mllm_jax.data.__main__ import main
-from mllm_jax.data.aspects import Square
+from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.data.chat import load_tokenizer
 from mllm_jax.data.pipeline import TrainingBatches
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.records import DataError, Records
+from mllm_jax.data.records import DataError, Records, check
 from mllm_jax.data_commands import prepare
+from mllm_jax.places import PlaceError
 
 N = 11
 
@@ -54,7 +58,8 @@ def test_shards_hold_the_samples_and_their_files(data, tmp_path, processes, caps
   assert run(data, out, f"--processes={processes}") == 0
   assert "11 samples in 3 shards" in capsys.readouterr().out
   names = [f"data-{i:05d}-of-00003.arrayrecord" for i in range(3)]
-  assert sorted(contents(out)) == [*names, "manifest.json"]
+  beside = [f"data-{i:05d}-of-00003.outlines.gz" for i in range(3)]
+  assert sorted(contents(out)) == sorted([*names, *beside, "manifest.json"])
   manifest = json.loads((out / "manifest.json").read_text())
   assert [(shard["name"], shard["samples"]) for shard in manifest["shards"]] == list(zip(names, (4, 4, 3), strict=True))
   before, after = Records.load(str(data[0]), str(data[1])), Records.load(str(out), "")
@@ -77,6 +82,44 @@ def test_a_run_reads_the_same_batches(data, tmp_path, tokenizer_folder):
     assert names == other_names
     np.testing.assert_array_equal(batch.patches, other.patches)
     np.testing.assert_array_equal(batch.tokens, other.tokens)
+
+
+def test_outlines_tell_all_but_the_pixels(data, tmp_path, tokenizer_folder, capsys):
+  out = tmp_path / "shards"
+  assert run(data, out, "--processes=1") == 0
+  records = Records.load(str(out), "")
+  outlines = pickle.loads(pickle.dumps(records)).outlines()
+  for whole, outline in zip(records, outlines, strict=True):
+    assert dataclasses.replace(outline, images=()) == dataclasses.replace(whole, images=())
+    assert [images.size(image) for image in outline.images] == [images.size(image) for image in whole.images]
+    assert whole.id == "s4" or outline.images == ((30, 20 + outline.index),)
+
+  (out / "data-00001-of-00003.arrayrecord").rename(tmp_path / "away")  # no record is read
+  processor = Processor(load_tokenizer(tokenizer_folder), Anyres(VisionConfig(image_size=28), 4), "vicuna_v1", 90, 1)
+  assert [text for _, text in check(records, max_images=0)] == [
+    f"{out}, sample {i} ('s{i}'): has 1 images, and a row has room for 0; raise data.max_images"
+    for i in range(N)
+    if i != 4
+  ]
+  from_json = lengths.measure(Records.load(str(data[0]), str(data[1])), processor.with_room(1), 0)
+  from_shards = lengths.measure(records, processor.with_room(1), 0)
+  assert all((getattr(from_json, name) == getattr(from_shards, name)).all() for name in lengths.FIELDS)
+
+
+def test_folders_of_before_the_outlines_are_read_and_can_be_completed(data, tmp_path, capsys):
+  out = tmp_path / "shards"
+  assert run(data, out, "--processes=1") == 0
+  whole = contents(out)
+  for path in out.glob("*.outlines.gz"):
+    path.unlink()
+  records = Records.load(str(out), "")
+  assert records.outlines() is records
+  assert run(data, out, "--processes=1") == 0
+  assert contents(out) == whole and len(Records.load(str(out), "").outlines()) == N
+
+  (out / "data-00002-of-00003.outlines.gz").write_bytes(whole["data-00002-of-00003.outlines.gz"][:-9] + b"x" * 9)
+  with pytest.raises(PlaceError, match="data-00002-of-00003.outlines.gz: cannot be read"):
+    check(Records.load(str(out), ""), max_images=1)
 
 
 def test_stopped_and_started_again_gives_the_same_bytes(data, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mllm_jax.config import CLIP_MEAN, DecoderConfig, LoraConfig, VisionConfig
-from mllm_jax.weights import clip, known, llama, peft, qwen2, siglip
+from mllm_jax.weights import assemble, clip, known, llama, mistral, peft, qwen2, siglip
 from mllm_jax.weights.io import WeightsError
 
 CLIP = {
@@ -47,6 +47,13 @@ QWEN2 = {
   "use_sliding_window": False,
   "tie_word_embeddings": True,
   "vocab_size": 151936,
+}
+LLAMA3 = {
+  "rope_type": "llama3",
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 8192,
 }
 ADAPTER = {
   "peft_type": "LORA",
@@ -113,7 +120,11 @@ def test_llama(tmp_path):
   [
     ({"model_type": "qwen2"}, "'qwen2'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3 has .*'factor': None"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor lie below"),
+    ({"rope_scaling": LLAMA3 | {"factor": 0.5}}, "the factor must be 1 or more"),
+    ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "'factor': '8'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*or with llama3's"),
     ({"attention_bias": True}, "attention_bias=True"),
     ({"hidden_act": "gelu", "mlp_bias": True}, "mlp_bias=True, hidden_act='gelu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -130,6 +141,46 @@ def test_llama(tmp_path):
 def test_llama_refuses(tmp_path, change, named):
   with pytest.raises(WeightsError, match=f"config.json.*{named}"):
     llama.read_config(write(tmp_path, VICUNA | change))
+
+
+def test_llama_3(tmp_path):
+  """The published configurations of 3, 3.1 and 3.2, and the second as transformers 5 writes it."""
+  three = VICUNA | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
+  three |= {"max_position_embeddings": 8192}
+  assert llama.read_config(write(tmp_path, three)) == known.PUBLISHED["llama-3-8b-instruct"].config
+  later = three | {"max_position_embeddings": 131072}
+  old = later | {"rope_scaling": LLAMA3}
+  new = {key: value for key, value in later.items() if key != "rope_theta"}
+  new["rope_parameters"] = LLAMA3 | {"rope_theta": 5e5}
+  for content in (old, new):
+    assert llama.read_config(write(tmp_path, content)) == known.PUBLISHED["llama-3.1-8b-instruct"].config
+  small = later | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+  small |= {"rope_scaling": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True}
+  assert llama.read_config(write(tmp_path, small)) == known.PUBLISHED["llama-3.2-3b-instruct"].config
+
+
+def test_mistral(tmp_path):
+  first = {"model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096}
+  first |= {"max_position_embeddings": 32768}  # the rest is transformers' defaults
+  assert mistral.read_config(write(tmp_path, first)) == known.PUBLISHED["mistral-7b-instruct-v0.1"].config
+  second = first | {"rope_theta": 1e6, "sliding_window": None}
+  assert mistral.read_config(write(tmp_path, second)) == known.PUBLISHED["mistral-7b-instruct-v0.2"].config
+  assert mistral.read_config(write(tmp_path, {"model_type": "mistral"})).sliding_window == 4096
+  for change, named in (
+    ({"sliding_window": 0}, "sliding_window is 0"),
+    ({"sliding_window": "4096"}, "sliding_window is '4096'"),
+    ({"model_type": "ministral"}, "'ministral'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+  ):
+    with pytest.raises(WeightsError, match=f"config.json.*{named}"):
+      mistral.read_config(write(tmp_path, first | change))
+
+
+def test_qwen2_5_is_qwen2(tmp_path):
+  sizes = {"vocab_size": 152064, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
+  sizes |= {"num_key_value_heads": 4, "intermediate_size": 18944, "tie_word_embeddings": False}
+  found = qwen2.read_config(write(tmp_path, QWEN2 | sizes))
+  assert found == known.PUBLISHED["qwen2.5-7b-instruct"].config == known.PUBLISHED["qwen2-7b-instruct"].config
 
 
 def test_siglip(tmp_path):
@@ -292,3 +343,17 @@ def test_published_checkpoints():
   assert (thirteen.config.width, thirteen.config.layers, thirteen.config.head_width) == (5120, 40, 128)
   assert thirteen.command("a/b") == "hf download lmsys/vicuna-13b-v1.5 --local-dir a/b"
   assert known.lookup("somewhere/else") is None
+
+
+def test_what_is_published_has_the_published_size():
+  """Parameters as the model cards and safetensors indices count them."""
+  sizes = {
+    "llama-3-8b-instruct": 8_030_261_248,
+    "llama-3.1-8b-instruct": 8_030_261_248,
+    "llama-3.2-3b-instruct": 3_212_749_824,
+    "mistral-7b-instruct-v0.1": 7_241_732_096,
+    "qwen2.5-7b-instruct": 7_615_616_512,
+  }
+  for name, size in sizes.items():
+    shapes = assemble.part_shapes("decoder", {"decoder": known.PUBLISHED[name].config})
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == size, name

@@ -8,7 +8,8 @@ A record (version 1) is, in this order:
   header   UTF-8 JSON: a LLaVA sample without "image", and "images": the bytes of each encoded image, in order
   images   one behind the other
 
-A folder of shards that `prepare` finished has a manifest.json that says how many records each has.
+A folder of shards that `prepare` finished has a manifest.json that says how many records each has, and beside each
+shard its `outlines`.
 """
 
 import fnmatch
@@ -24,7 +25,7 @@ import numpy as np
 
 from mllm_jax import places
 from mllm_jax.data.records import DataError, Records, Sample, parse_sample
-from mllm_jax.data.sources import SHARD, shard_cache
+from mllm_jax.data.sources import SHARD, outlines, shard_cache
 
 MAGIC, VERSION = b"MLLM", 1
 HEAD = struct.Struct("<4sBI")
@@ -37,14 +38,17 @@ READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's own 
 
 def encode_record(sample: Sample, images: Sequence[bytes]) -> bytes:
   """A sample as a record; `images` are its encoded images. The same sample gives the same bytes."""
+  header = header_of(sample)
+  text = json.dumps({**header, "images": [len(image) for image in images]}, ensure_ascii=False).encode()
+  return HEAD.pack(MAGIC, VERSION, len(text)) + text + b"".join(images)
+
+
+def header_of(sample: Sample) -> dict:
+  """A LLaVA sample without its images, from which `parse_sample` makes it again."""
   turns = [{"from": "system", "value": sample.system}] if sample.system is not None else []
   for turn in sample.turns:
     turns.append({"from": turn.role, "value": turn.text} | ({"category": turn.category} if turn.category else {}))
-  header = {"id": sample.id, "conversations": turns, "images": [len(image) for image in images]}
-  if sample.category:
-    header["category"] = sample.category
-  text = json.dumps(header, ensure_ascii=False).encode()
-  return HEAD.pack(MAGIC, VERSION, len(text)) + text + b"".join(images)
+  return {"id": sample.id, "conversations": turns} | ({"category": sample.category} if sample.category else {})
 
 
 def decode_record(record: bytes, index: int, source: str) -> Sample:
@@ -78,8 +82,15 @@ class ArrayRecords(Records):
   states: (bytes, version) of each shard where they are remote, else ().
   """
 
-  def __init__(self, source: str, shards: Sequence[str], counts: Sequence[int], states: Sequence[tuple[int, str]] = ()):
-    self.source, self.shards, self.states = source, tuple(shards), tuple(states)
+  def __init__(
+    self,
+    source: str,
+    shards: Sequence[str],
+    counts: Sequence[int],
+    states: Sequence[tuple[int, str]] = (),
+    outline: outlines.Outlines | None = None,
+  ):
+    self.source, self.shards, self.states, self._outline = source, tuple(shards), tuple(states), outline
     self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
   @classmethod
@@ -98,10 +109,12 @@ class ArrayRecords(Records):
     counts = [_reader(shard).num_records() for shard in shards]
     if not sum(counts):
       raise DataError(f"{path}: holds no samples; set data.path to shards with at least one")
-    if os.path.isdir(path):
-      manifest = read_manifest(path)
-      _check_manifest(path, manifest, shards, counts, os.path.exists(os.path.join(path, PLAN)))
-    return cls(path, shards, counts)
+    if not os.path.isdir(path):
+      return cls(path, shards, counts)
+    manifest = read_manifest(path)
+    _check_manifest(path, manifest, shards, counts, os.path.exists(os.path.join(path, PLAN)))
+    there = {entry.name: (entry.stat().st_size, "") for entry in os.scandir(path) if entry.is_file()}
+    return cls(path, shards, counts, (), _outlines_beside(path, shards, counts, manifest, there))
 
   @classmethod
   def _open_remote(cls, path: str) -> "ArrayRecords":
@@ -127,10 +140,14 @@ class ArrayRecords(Records):
       raise DataError(f"{path}: holds no samples; set data.path to shards with at least one")
     if whole:
       _check_manifest(path, manifest, shards, counts, PLAN in there)
-    return cls(path, shards, counts, states)
+    return cls(path, shards, counts, states, _outlines_beside(path, shards, counts, manifest, there))
 
   def __reduce__(self):
-    return ArrayRecords, (self.source, self.shards, np.diff(self._first).tolist(), self.states)
+    return ArrayRecords, (self.source, self.shards, np.diff(self._first).tolist(), self.states, self._outline)
+
+  def outlines(self) -> Records:
+    """The samples without their images, where `prepare` wrote them beside the shards; else the samples as they are."""
+    return self if self._outline is None else self._outline
 
   def __len__(self) -> int:
     return int(self._first[-1])
@@ -148,6 +165,22 @@ class ArrayRecords(Records):
     except (RuntimeError, ValueError, IndexError) as error:
       raise DataError(f"{path}, record {within}: cannot be read ({str(error)[:200]}); write the shard again") from error
     return decode_record(record, index, self.source)
+
+
+def _outlines_beside(
+  source: str, shards: Sequence[str], counts: Sequence[int], manifest: dict | None, there: dict[str, tuple[int, str]]
+) -> outlines.Outlines | None:
+  """What lies beside the shards as their manifest says, or None; `there`: the folder's files, (bytes, version) each."""
+  said = {shard["name"]: shard.get("outlines") for shard in (manifest or {"shards": []})["shards"]}
+  files, states = [], []
+  for shard in shards:
+    name = places.base_name(shard)
+    beside = outlines.name_for(name)
+    if said.get(name) is None or there.get(beside, (None, ""))[0] != said[name]:
+      return None
+    files.append(str(places.join(places.parent(shard), beside)))
+    states.append(there[beside])
+  return outlines.Outlines(source, files, states if places.is_remote(shards[0]) else (), counts)
 
 
 @functools.cache

@@ -31,6 +31,10 @@ class MixedRecords(Records):
     """The sources, each with the samples chosen of it."""
     return list(zip(self._sources, self._chosen, strict=True))
 
+  def outlines(self) -> "MixedRecords":
+    """The same mix of the sources' outlines."""
+    return MixedRecords([records.outlines() for records in self._sources], self._chosen)
+
   def __len__(self) -> int:
     return int(self._first[-1])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.config import ConfigError, DecoderConfig
+from mllm_jax.weights.llama import LLAMA3_ROPE
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Version of transformers whose spelling the files follow; later ones read it too.
@@ -24,7 +25,7 @@ def check_dtype(dtype: str) -> None:
 
 def text_config(decoder: DecoderConfig) -> dict[str, Any]:
   """The decoder's fields of config.json, without its vocabulary and without ids."""
-  kind = "qwen2" if decoder.attention_bias else "llama"
+  kind = decoder_kind(decoder)
   content = {
     "model_type": kind,
     "hidden_size": decoder.width,
@@ -41,7 +42,26 @@ def text_config(decoder: DecoderConfig) -> dict[str, Any]:
     "initializer_range": 0.02,
     "tie_word_embeddings": decoder.tied_embeddings,
     "use_cache": True,
-  }
+  } | ({} if decoder.rope_factor == 1 else {"rope_scaling": rope(decoder)})
+  if kind == "mistral":
+    return content | {"sliding_window": decoder.sliding_window}
   if kind == "llama":
     return content | {"attention_bias": False, "mlp_bias": False}
   return content | {"use_sliding_window": False, "max_window_layers": decoder.layers}
+
+
+def decoder_kind(decoder: DecoderConfig) -> str:
+  """The model_type that computes what this decoder does. Raises ConfigError where there is none."""
+  if decoder.attention_bias and decoder.sliding_window:
+    raise ConfigError(
+      f"decoder.attention_bias and decoder.sliding_window={decoder.sliding_window}: no model type of other tools has "
+      "both in every layer"
+    )
+  return "qwen2" if decoder.attention_bias else "mistral" if decoder.sliding_window else "llama"
+
+
+def rope(decoder: DecoderConfig) -> dict[str, Any]:
+  """The rotary angles without their base, as transformers names them."""
+  if decoder.rope_factor == 1:
+    return {"rope_type": "default"}
+  return {"rope_type": "llama3"} | {name: getattr(decoder, field) for name, field in LLAMA3_ROPE.items()}

@@ -11,12 +11,13 @@ from mllm_jax.config import ConfigError, ModelConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.weights.side_files import chat_template
 from mllm_jax.weights.side_files import tokenizer as tokenizer_files
-from mllm_jax.weights.side_files.files import TRANSFORMERS_VERSION, check_dtype, text_config, write_json
+from mllm_jax.weights.side_files.files import TRANSFORMERS_VERSION, check_dtype, rope, text_config, write_json
 from mllm_jax.weights.side_files.tokenizer import IMAGE_TOKEN, HfVocabulary
 
 POST_NORM = "vision_tower.vision_model.post_layernorm"
 BICUBIC = 3  # Pillow's number
 PROCESSOR = "LlavaProcessor"
+DECODER_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 def write_hf(
@@ -101,8 +102,8 @@ def config(
   """config.json. What versions 4 and 5 spell differently stands there twice."""
   types = {"dtype": dtype, "torch_dtype": dtype}
   decoder = text_config(model.decoder)
-  family = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[decoder["model_type"]]
-  rope = {"rope_type": "default", "rope_theta": model.decoder.rope_theta}
+  family = DECODER_CLASSES[decoder["model_type"]]
+  rope_parameters = rope(model.decoder) | {"rope_theta": model.decoder.rope_theta}
   return {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
@@ -122,7 +123,7 @@ def config(
       "architectures": [family],
       "vocab_size": vocabulary.vocab_size,
       **decoder,
-      "rope_parameters": rope,
+      "rope_parameters": rope_parameters,
       **ids,
       **types,
     },

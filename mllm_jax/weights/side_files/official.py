@@ -111,6 +111,11 @@ def refuse(model: ModelConfig, vision_source: str) -> None:
     raise ConfigError(
       "decoder.attention_bias: the released code has no class for Qwen2; export to transformers instead"
     )
+  if model.decoder.sliding_window or model.decoder.rope_factor != 1:
+    raise ConfigError(
+      f"decoder.sliding_window={model.decoder.sliding_window}, rope_factor={model.decoder.rope_factor}: the released "
+      "code has no class for Mistral and none for Llama 3.1; export to transformers instead"
+    )
   if model.decoder.head_width * model.decoder.heads != model.decoder.width:
     raise ConfigError(
       f"decoder.head_width={model.decoder.head_width}: transformers {TRANSFORMERS_VERSION}, which the released code is "

@@ -1,0 +1,19 @@
+"""LLaVA-SP with cropping and DFI on CLIP-L/14-336 and Mistral-7B v0.1, whose tokens see the last 4096: a decoder that
+the paper leaves to future work.
+
+  python -m mllm_jax.train --config=configs/sp_mistral.py --workdir=runs/sp_mistral
+
+The small version on handwritten digits, with the demo's own language model, needs no download:
+
+  python -m mllm_jax.train --config=configs/sp_mistral.py:demo --workdir=runs/sp_mistral_demo
+"""
+
+from mllm_jax import recipes
+from mllm_jax.config import Config, ProjectorConfig
+
+
+def get_config(variant: str = "") -> Config:
+  full_size = ProjectorConfig(kind="spatial", maps="cropping", stride=2, dfi_kernel=16, conv_width=512)
+  demo = ProjectorConfig(kind="spatial", maps="cropping", stride=1, dfi_kernel=5, conv_width=64)
+  llm = "weights/mistral-7b-instruct-v0.1"
+  return recipes.llava("sp_mistral", full_size, variant, demo_projector=demo, llm=llm, template="mistral_instruct")
