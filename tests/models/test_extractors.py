@@ -9,8 +9,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_jax import parameters
-from mllm_jax.config import ProjectorConfig
+from mllm_jax import parameters, sharding
+from mllm_jax.config import MeshConfig, ProjectorConfig
 from mllm_jax.models.projectors import maps
 from mllm_jax.models.projectors.spatial import EXTRACTORS, SpatialProjector
 
@@ -74,3 +74,36 @@ def test_details_go_with_every_convolution(patch_map):
     projector = nnx.eval_shape(lambda: SpatialProjector(config, GRID, WIDTH, 7, rngs=nnx.Rngs(0)))
     found = jax.eval_shape(lambda projector, x: projector(x), projector, patch_map.reshape(2, GRID**2, WIDTH))
     assert found.shape == (2, tokens + GRID**2, 7)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(sfe="factorised", stride=2, dfi_kernel=0),
+    dict(sfe="windows", window=4, window_strides=(2, 4), dfi_kernel=0),
+    pytest.param(dict(sfe="transformer", stride=2, dfi_kernel=0), marks=pytest.mark.long),
+  ],
+  ids=lambda fields: fields["sfe"],
+)
+def test_eight_devices_give_the_gradients_of_one(fields):
+  projector = SpatialProjector(ProjectorConfig(conv_width=8, **fields), GRID, 16, 32, rngs=nnx.Rngs(0))
+  graphdef, flat = parameters.flatten(projector)
+  flat = {f"projector/{path}": np.asarray(x) for path, x in flat.items()}
+  draw = np.random.default_rng(0)
+  features = draw.normal(size=(4, GRID**2, 16)).astype(np.float32)
+  cotangent = draw.normal(size=(4, projector(features).shape[1], 32)).astype(np.float32)
+
+  def loss(flat, features):
+    module = parameters.unflatten(graphdef, {path.removeprefix("projector/"): x for path, x in flat.items()})
+    return (module(features) * cotangent).sum()
+
+  one = released.jit(jax.grad(loss))(flat, features)
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+  places = sharding.parameter_shardings(flat, mesh)
+  with jax.set_mesh(mesh):
+    placed = {path: jax.device_put(x, places[path]) for path, x in flat.items()}
+    rows = jax.device_put(features, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.BATCH_AXES)))
+    eight = jax.jit(jax.grad(loss), out_shardings=places)(placed, rows)
+  for path, expected in one.items():
+    # Sums in another order; a bias of DFI's keys has no gradient but rounding.
+    np.testing.assert_allclose(eight[path], expected, atol=1e-4 * np.abs(expected).max() + 1e-5, err_msg=path)
