@@ -112,8 +112,8 @@ class Theirs:
     for layer in range(layers):  # a layer's tensors side by side, as other tools write them
       for row in table.rows:
         if row.stacked and layer < ours.shape(row.ours)[0]:
-          place = (slice(layer, layer + 1),)
-          self.entries.setdefault(table.prefix + row.name(layer), ([], place))[0].append(row)
+          place = [], (slice(layer, layer + 1),)
+          self.entries.setdefault(table.prefix + row.name(layer), place)[0].append(row)
     for row in table.rows:
       if not row.stacked:
         self.entries.setdefault(table.prefix + row.foreign, ([], ()))[0].append(row)
