@@ -275,7 +275,7 @@ def projector_family(weights: Weights) -> str:
   """Whose a projector is: LLaVA-1.5's, LLaVA-SP's or LLaVA-UHD's."""
   if hiwin.is_released(weights.names()):
     return "LLaVA-UHD v2" if holds(weights, r".*mm_projector\.query_1") else "LLaVA-UHD v1"
-  return "LLaVA-SP" if holds(weights, r".*\bconv_\w+\.(1\.)?weight") else "LLaVA-1.5"
+  return "LLaVA-SP" if holds(weights, r".*\b(conv_\w+\.(1\.)?|tfm_linear\.1\.)weight") else "LLaVA-1.5"
 
 
 def projector_table(config: ProjectorConfig, grid: int) -> Table:
