@@ -17,6 +17,7 @@ from mllm_jax.config import (
 )
 from mllm_jax.models import mllm, projectors
 from mllm_jax.models.projectors.maps import map_sizes
+from mllm_jax.weights.known import lookup
 
 SFE = ProjectorConfig(dfi_kernel=0)
 TRANSFORMER = dataclasses.replace(SFE, sfe="transformer")
@@ -110,6 +111,33 @@ def test_map_sizes(projector, sizes):
 def test_factorised_kernels_are_a_tenth_of_the_paper_s_or_less():
   whole, light = (count(ModelConfig(projector=projector), "projector/sfe/") for projector in (SFE, LIGHT))
   assert whole == 763_363_328 and light == 18_546_688
+
+
+@pytest.mark.parametrize(
+  "name, fields, sizes",
+  [
+    ("siglip-large-patch16-384", {}, (4, 8, 12, 16, 20, 24)),
+    ("siglip-large-patch16-256", {}, (4, 8, 12, 16)),
+    ("siglip-base-patch16-512", {}, tuple(range(4, 33, 4))),
+    ("siglip-so400m-patch14-384", dict(sizes=(9, 15, 21, 27)), (9, 15, 21, 27)),  # an odd grid, so odd sizes
+  ],
+)
+def test_maps_follow_from_siglips_grid(name, fields, sizes):
+  vision = lookup(name).config
+  for kind in ("cropping", "pooling"):
+    projector = ProjectorConfig(maps=kind, **fields)
+    config = ModelConfig(vision=vision, projector=projector)
+    assert map_sizes(projector, vision.grid) == sizes
+    assert projectors.tokens_per_crop(config) == len(sizes) + vision.grid**2
+    kernels = (sum(size**2 for size in sizes) + 16**2) * vision.width * 512
+    assert count(config, "kernels/") + count(config, "dfi/kernel") == kernels
+
+
+def test_a_spatial_projector_in_words():
+  words = [
+    dataclasses.replace(SFE, sfe=sfe, maps="pooling").variant for sfe in ("convolution", "windows", "factorised")
+  ]
+  assert words == ["pooling", "windows", "pooling, factorised"]
 
 
 @pytest.mark.parametrize("strides, tokens", [((6, 12), 6), ((2, 2), 49), ((12, 12), 4), ((24, 1), 13)])
