@@ -126,10 +126,16 @@ class ProjectorConfig:
     images of any shape "hiwin" (LLaVA-UHD v2), "uhd_v1" (the resampler of its predecessor) or "mlp144"; for tiles
     "pixel_shuffle" (InternVL: a token for 2 x 2 patches) or "spatial_shuffle" (spatial tokens of the tile's patches,
     then those).
+  sfe: what LLaVA-SP's spatial tokens are made by: a "convolution" of each map, or in its ablations a "transformer" for
+    each map (table 3) or sliding "windows" instead of maps (table 5); or by a "factorised" convolution, which is light.
   maps: "cropping" (centre crops that grow to the whole map) or "pooling" (the whole map, pooled to growing sizes).
   stride: patches by which a crop grows on each side; the sizes are 2 stride, 4 stride, ... up to the grid
     (paper, table 4).
   sizes: the map sizes themselves, smallest first, where they should not follow from the stride.
+  window, window_strides: of "windows": patches along a side, and how many they are apart downwards and across.
+  depth_multiplier: of "factorised": patterns by which each channel is summed over a map.
+  token_order: of "transformer": "map" (a token is a cell of its map), or "released" (pooled maps are cut into tokens
+    across cells and channels, which the released weights were trained with).
   dfi_kernel: kernel of the detail map of DFI (paper, table 6; its stride is 2); 0 leaves DFI out.
   conv_width: channels of a spatial token before the last linear layer.
   head_bias: bias of that layer: "released" (only cropping with DFI has one), "always" or "never".
@@ -151,9 +157,14 @@ class ProjectorConfig:
   """
 
   kind: str = "spatial"
+  sfe: str = "convolution"
   maps: str = "cropping"
   stride: int = 2
   sizes: tuple[int, ...] = ()
+  window: int = 12
+  window_strides: tuple[int, ...] = (6, 12)
+  depth_multiplier: int = 4
+  token_order: str = "map"
   dfi_kernel: int = 16
   conv_width: int = 512
   head_bias: str = "released"
@@ -166,6 +177,11 @@ class ProjectorConfig:
   head_width: int = 128
   organisation: str = "spatial"
   separators: str = "text"
+
+  @property
+  def variant(self) -> str:
+    """What LLaVA-SP's spatial tokens are made of, in words."""
+    return {"convolution": self.maps, "windows": "windows"}.get(self.sfe, f"{self.maps}, {self.sfe}")
 
   @property
   def any_aspect(self) -> bool:

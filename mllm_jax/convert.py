@@ -136,6 +136,12 @@ def add_parts(command: argparse.ArgumentParser, which: str = "") -> None:
     help=which + "model.bin, non_lora_trainables.bin, mm_projector.bin, or a folder with one",
   )
   command.add_argument("--adapter", default="", metavar="DIR", help=which + "a PEFT adapter")
+  command.add_argument(
+    "--maps",
+    default="",
+    choices=("cropping", "pooling"),
+    help="of LLaVA-SP's transformer blocks as released: the variant, which their names do not tell",
+  )
   if not which:
     command.add_argument(
       "--template", default="", metavar="NAME", help="of conversations (default: the checkpoint's, or vicuna_v1)"
@@ -210,7 +216,7 @@ def open_checkpoint(path: str, args: argparse.Namespace | None = None):
   """The model at a path, with the parts that the command line names."""
   from mllm_jax import build
 
-  names = ("vision", "llm", "projector", "adapter", "template", "levels")
+  names = ("vision", "llm", "projector", "adapter", "template", "levels", "maps")
   return build.open_any(path, **{name: getattr(args, name) for name in names if getattr(args, name, "")})
 
 

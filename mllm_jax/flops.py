@@ -18,8 +18,10 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.config import ModelConfig, ProjectorConfig, VdimStage, VisionConfig
 from mllm_jax.models.projectors.hiwin import QUERY_SETS
+from mllm_jax.models.projectors.maps import map_sizes, spatial_tokens
 from mllm_jax.models.projectors.pixel_shuffle import SIDE as SHUFFLED_SIDE
-from mllm_jax.models.projectors.spatial import DFI_STRIDE, map_sizes
+from mllm_jax.models.projectors.sfe_transformer import LAYERS
+from mllm_jax.models.projectors.spatial import DFI_STRIDE
 from mllm_jax.models.projectors.vdim import KEY_WIDTH, TAPS
 from mllm_jax.models.projectors.windows import SIDE
 
@@ -78,7 +80,9 @@ def full_work(batch: Any, vision: VisionConfig, window: int = 0) -> Work:
 # Rows that a kernel is multiplied with, and whether they come straight from the tower.
 FEATURES, BEHIND = True, False
 ROWS = (
-  (r"projector/sfe/kernels/\d+", FEATURES, lambda s: s.crops),
+  (r"projector/sfe/(kernels|depthwise)/\d+", FEATURES, lambda s: s.crops),
+  (r"projector/sfe/pointwise/\d+/kernel", BEHIND, lambda s: s.crops),
+  (r"projector/sfe/kernel", FEATURES, lambda s: s.crops * s.spatial),
   (r"projector/dfi/kernel", FEATURES, lambda s: s.crops * s.details),
   (r"projector/dfi/query/kernel", BEHIND, lambda s: s.crops * s.spatial),
   (r"projector/dfi/(key|value)/kernel", BEHIND, lambda s: s.crops * s.details),
@@ -100,8 +104,11 @@ class _Sizes:
 
   def __init__(self, projector: ProjectorConfig, vision: VisionConfig, work: Work):
     self.crops, self.patches, self.passes = work.crops, work.patches, work.passes
+    self.maps = []  # cells of each map that a transformer looks at
     if projector.kind in ("spatial", "spatial_shuffle"):
-      self.spatial = len(map_sizes(projector, vision.grid))
+      self.spatial = spatial_tokens(projector, vision.grid)
+      if projector.sfe == "transformer":
+        self.maps = [size**2 for size in map_sizes(projector, vision.grid)]
       along = (vision.grid - projector.dfi_kernel) // DFI_STRIDE + 1
       self.details = along**2 if projector.dfi_kernel else 0
     self.windows = projector.query_grid**2
@@ -120,6 +127,8 @@ def step_flops(model: ModelConfig, shapes: Mapping[str, Any], rates: Mapping[str
   for path, x in shapes.items():
     if path.startswith("projector/pyramid/"):
       rows, inputs = _pyramid_rows(path, x, work), vision
+    elif path.startswith("projector/sfe/") and "/layers/" in path:
+      rows, inputs = _block_rows(path, sizes) * path.endswith("/kernel"), vision or projector
     elif path.startswith("projector/"):
       found = [row for row in ROWS if re.fullmatch(row[0], path)]
       rows = found[0][2](sizes) if found else 0
@@ -139,6 +148,8 @@ def step_flops(model: ModelConfig, shapes: Mapping[str, Any], rates: Mapping[str
   query_width = model.decoder.heads * model.decoder.head_width
   total += 4 * work.pairs * model.decoder.layers * query_width * (3 if vision or projector or adapters else 1)
   total += 4 * work.patch_pairs * model.vision.layers_used * model.vision.width * (3 if vision else 1)
+  if sizes.maps:
+    total += _block_flops(sizes, model.vision.width) * (3 if vision or projector else 1)
   if model.projector.any_aspect:
     total += _pyramid_flops(model.projector, model.vision.width, work, trains("projector/pyramid/"), vision)
     total += _window_flops(model, sizes, trains("projector/resampler/"), vision)
@@ -184,6 +195,18 @@ def vdim_flops(vision: VisionConfig, stage: VdimStage, shapes: Mapping[str, Any]
     sampled = 2 * stage.crf_samples * (stage.projected or vision.width) * (cells**2 + cells + stage.crf_samples)
     total += 2 * images * sampled
   return total
+
+
+def _block_rows(path: str, s: _Sizes) -> float:
+  """Rows that a kernel of a transformer SFE's layers is multiplied with: a map's cells, or the decoder's one query."""
+  part, number = re.match(r"projector/sfe/(encoders|decoders)/(\d+)/", path).groups()
+  cells = part == "encoders" or re.search(r"/cross_attention/[kv]_proj/", path)
+  return s.crops * (s.maps[int(number)] if cells else 1)
+
+
+def _block_flops(s: _Sizes, width: int) -> float:
+  """Scores of a transformer SFE and their sums of values, forward: cells by cells, the query by itself and by cells."""
+  return 4 * s.crops * LAYERS * width * sum(cells**2 + 1 + cells for cells in s.maps)
 
 
 def _pyramid_rows(path: str, x: Any, work: Work) -> float:

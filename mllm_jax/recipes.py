@@ -24,6 +24,7 @@ LORA = r"decoder/.*/lora/[ab]"
 RESAMPLER = r"projector/resampler/.*"
 PYRAMID = r"projector/pyramid/(?!fixup_proj).*"
 PYRAMID_FIXUP = r"projector/pyramid/fixup_proj/.*"  # the last projection of VDIM
+CLIP = "weights/clip-vit-large-patch14-336"
 DEMO_ASSETS = Path(__file__).parent / "demo" / "assets"
 
 
@@ -39,13 +40,14 @@ def llava(
   variant: str,
   demo_projector: ProjectorConfig,
   *,
+  vision: str = CLIP,
   llm: str = "weights/vicuna-7b-v1.5",
   template: str = "vicuna_v1",
 ) -> Config:
   """The full-size recipe, with variant "demo" the small one, with "demo_shapes" that on pictures of many shapes. Raises
   ConfigError for another variant.
 
-  llm, template: the language model at full size, and the template of its conversations.
+  vision, llm, template: the towers at full size, and the template of the conversations.
   """
   if variant == "demo":
     return demo(name, demo_projector)
@@ -54,14 +56,14 @@ def llava(
     return dataclasses.replace(config, name=f"{name}-demo_shapes", demo_shapes=True)
   if variant:
     raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there are :demo and :demo_shapes")
-  return full_size(name, projector, llm, template)
+  return full_size(name, projector, llm, template, vision)
 
 
-def full_size(name: str, projector: ProjectorConfig, llm: str, template: str) -> Config:
+def full_size(name: str, projector: ProjectorConfig, llm: str, template: str, vision: str = CLIP) -> Config:
   """The paper's hyper-parameters (section 4.1): 256 at 1e-3, then 128 with LoRA at 2e-4, projector at 2e-5."""
   return Config(
     name=name,
-    model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm=llm, projector=projector),
+    model=ModelRecipe(vision=vision, llm=llm, projector=projector),
     pretrain=StageConfig(
       # 582 visual tokens leave 186 places for a caption; a longer one is truncated.
       data=DataConfig(
@@ -195,7 +197,7 @@ def uhd(
   return Config(
     name=name,
     stages="vdim,pretrain,finetune" if projector.pyramid == "vdim" else "pretrain,finetune",
-    model=ModelRecipe(vision="weights/clip-vit-large-patch14-336", llm=llm, projector=projector),
+    model=ModelRecipe(vision=CLIP, llm=llm, projector=projector),
     vdim=VdimStage(data=DataConfig(path="playground/data/coco/train2017")),
     pretrain=StageConfig(
       data=dataclasses.replace(

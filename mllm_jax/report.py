@@ -96,7 +96,7 @@ def _header(title: str, config: Config) -> str:
   if projector.kind == "spatial":
     kernel = projector.dfi_kernel
     detail = f"with detail integration (kernel {kernel})" if kernel else "without detail integration"
-    between = f"spatial projector, {projector.maps}, {detail}"
+    between = f"spatial projector, {projector.variant}, {detail}"
   elif config.stages == "vdim":
     tower = escape(os.path.basename(os.path.normpath(config.model.vision)))
     return f"<header><h1>{escape(title)}</h1><p class='flow'><b>{tower}</b> &rarr; <b>VDIM</b></p></header>"

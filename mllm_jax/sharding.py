@@ -35,8 +35,12 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"vision/layers/(attention|mlp)_scale", P()),
   # Over both axes along the input channels: the few spatial tokens they give stay whole (see rows_only). DFI's own
   # layers are small, and are not sharded for the same reason.
-  (r"projector/(sfe/kernels/\d+|dfi/kernel)", P(None, None, ("fsdp", "tensor"), None)),
+  (r"projector/(sfe/(kernels|depthwise)/\d+|sfe/kernel|dfi/kernel)", P(None, None, ("fsdp", "tensor"), None)),
   (r"projector/dfi/(query|key|value)/kernel", P()),
+  (r"projector/sfe/pointwise/\d+/kernel", P(("fsdp", "tensor"), None)),
+  (r"projector/sfe/queries", P()),
+  (r"projector/sfe/.*/layers/.*(q_proj|k_proj|v_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
+  (r"projector/sfe/.*/layers/.*(out_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
   (r"projector/(.*/)?(head|fc1|fc2)/kernel", P("fsdp", "tensor")),
   (r"projector/(patch_mlp/)?(in|out)_proj/kernel", P("fsdp", "tensor")),
   (r"projector/image_newline", P()),

@@ -115,7 +115,7 @@ def describe(config: ModelConfig) -> str:
     return "InternVL, a pixel shuffle and an MLP"
   if projector.kind in ("spatial", "spatial_shuffle"):
     name = "LLaVA-SP" if projector.kind == "spatial" else "InternVL-SP"
-    return f"{name}, {projector.maps}" + (", with detail features" if projector.dfi_kernel else "")
+    return f"{name}, {projector.variant}" + (", with detail features" if projector.dfi_kernel else "")
   names = {"hiwin": "LLaVA-UHD v2", "uhd_v1": "LLaVA-UHD v1's resampler", "mlp144": "an MLP on resized levels"}
   name = names[projector.kind]
   return name if projector.kind == "uhd_v1" else f"{name}, pyramid: {projector.pyramid}"

@@ -28,7 +28,8 @@ def read(name: str, folder: Path = FOLDER) -> dict[str, np.ndarray]:
     normals = Normals(meta["seed"])
     for array_name, shape, scale, offset in meta["draws"]:
       arrays[array_name] = (offset + scale * normals.draw(math.prod(shape)).reshape(shape)).astype(np.float32)
-    arrays["in.patch_features"] = arrays["in.features"][:, 1:]  # the first row is the class token
+    if "in.features" in arrays:  # the first row is the class token, which SigLIP has not
+      arrays["in.patch_features"] = arrays["in.features"][:, 1:]
   return arrays
 
 

@@ -71,16 +71,17 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
   """Layer normalisation over the last axis, computed in float32, returned in the type of x."""
 
-  def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+  def __init__(self, width: int, eps: float, *, bias: bool = True, rngs: nnx.Rngs):
     self.eps = eps
     self.scale = nnx.Param(ones(rngs.params(), (width,)))
-    self.bias = nnx.Param(zeros(rngs.params(), (width,)))
+    self.bias = nnx.Param(zeros(rngs.params(), (width,))) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     h = x.astype(jnp.float32)
     h = h - h.mean(-1, keepdims=True)
     h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-    return (h * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+    h = h * self.scale[...].astype(jnp.float32)
+    return (h if self.bias is None else h + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -7,7 +7,8 @@ import numpy as np
 
 from mllm_jax.config import ProjectorConfig
 from mllm_jax.models.mllm import Mllm
-from mllm_jax.models.projectors.spatial import DFI_STRIDE, map_sizes, pooling_matrix
+from mllm_jax.models.projectors.maps import map_sizes, pooling_matrix, windows
+from mllm_jax.models.projectors.spatial import DFI_STRIDE
 from mllm_jax.visualization import crops, pictures
 from mllm_jax.visualization.crops import NARROW, Crop
 from mllm_jax.visualization.page import Figure, Section
@@ -24,7 +25,24 @@ def sections(model: Mllm, crop: Crop) -> list[Section]:
   return found
 
 
+def _windows(config: ProjectorConfig, crop: Crop) -> Section:
+  grid, size, step = crop.grid[0], config.window, math.ceil(TILE / config.window)
+  shown = crop.enlarged(step)[None]
+  cut = np.asarray(windows(shown, size * step, tuple(stride * step for stride in config.window_strides)))[0]
+  hues = pictures.hues(len(cut))
+  tiles = [pictures.badge(tile, 6, 6, str(k), hue) for k, (tile, hue) in enumerate(zip(cut, hues, strict=True))]
+  across = (grid - size) // config.window_strides[1] + 1
+  text = (
+    f"{len(cut)} spatial tokens, 0 to {len(cut) - 1}: windows of {size} patches along each side, convolved to a token "
+    "each by one kernel."
+  )
+  figure = Figure("maps", pictures.montage(tiles, across), "What each spatial token sees", "As they lie on the crop.")
+  return Section("Spatial tokens", text, [[figure]])
+
+
 def _maps(config: ProjectorConfig, crop: Crop) -> Section:
+  if config.sfe == "windows":
+    return _windows(config, crop)
   grid = crop.grid[0]
   sizes = map_sizes(config, grid)
   hues = pictures.hues(len(sizes))
@@ -37,7 +55,7 @@ def _maps(config: ProjectorConfig, crop: Crop) -> Section:
   if config.maps == "pooling":
     text = (
       f"{len(sizes)} spatial tokens, 0 to {len(sizes) - 1}: the whole map of patches pooled to {listed} cells along "
-      "each side, shown by its colours, and each convolved to one token."
+      "each side, shown by its colours, and each made into one token."
     )
     return Section("Spatial tokens", text, [row])
   step = 2 * crop.step if NARROW // len(sizes) < 40 else crop.step
@@ -49,7 +67,7 @@ def _maps(config: ProjectorConfig, crop: Crop) -> Section:
     nested = pictures.badge(nested, (grid + size) // 2 * step - 26, (grid - size) // 2 * step + 4, str(k), hue)
   text = (
     f"{len(sizes)} spatial tokens, 0 to {len(sizes) - 1}: squares of {listed} patches along each side around the "
-    "centre, each convolved to one token."
+    "centre, each made into one token."
   )
   return Section("Spatial tokens", text, [[Figure("squares", nested, "The squares on the crop"), *row]])
 

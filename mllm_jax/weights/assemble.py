@@ -83,6 +83,7 @@ def open_model(
   adapter: str = "",
   template: str = "",
   levels: tuple[int, ...] = (),
+  maps: str = "",
 ) -> StoredModel:
   """A model from one checkpoint, from several, or from one whose parts others replace.
 
@@ -91,6 +92,7 @@ def open_model(
     vision, llm, projector, adapter: checkpoints whose part is taken instead of the model's.
     template: of the conversations, where the checkpoint does not say.
     levels: of the pyramid that a released LLaVA-UHD v2's projector attends to, whatever its checkpoint says.
+    maps: of a released LLaVA-SP's transformer blocks, "cropping" or "pooling"; no checkpoint says it.
 
   Raises WeightsError where something is missing, of an unknown kind, or does not fit together.
   """
@@ -114,7 +116,7 @@ def open_model(
     raise WeightsError(f"{llm} has an adapter beside its language model; merge it first, or name it as --model")
   if levels:
     chosen["projector"] = with_levels(chosen.get("projector"), levels)
-  return put_together(chosen, whole, template)
+  return put_together(chosen, whole, template, maps)
 
 
 def with_levels(projector: tuple[Found, Part] | None, levels: tuple[int, ...]) -> tuple[Found, Part]:
@@ -127,7 +129,9 @@ def with_levels(projector: tuple[Found, Part] | None, levels: tuple[int, ...]) -
   return found, dataclasses.replace(part, config=config)
 
 
-def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, template: str) -> StoredModel:
+def put_together(
+  chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, template: str, maps: str = ""
+) -> StoredModel:
   """The model that the chosen parts make."""
   configs = {}
   if "vision" in chosen:
@@ -150,7 +154,7 @@ def put_together(chosen: Mapping[str, tuple[Found, Part]], whole: Found | None, 
       raise WeightsError(
         f"{chosen['projector'][1].origin} is a projector, and its size follows from the tower's (--vision)"
       )
-    configs["projector"] = projector_config(chosen["projector"][1], configs["vision"].grid)
+    configs["projector"] = projector_config(chosen["projector"][1], configs["vision"].grid, maps)
   if not configs:
     alone = f"{whole.path} is a {whole.family}, which is no model; a run starts from it by model.vdim_weights"
     raise WeightsError(alone if whole is not None else "no checkpoint named; --model, or --vision and --llm")

@@ -25,6 +25,17 @@ class Known:
     return f"hf download {self.repo} --local-dir {folder}"
 
 
+SIGLIP_L = VisionConfig(
+  image_size=384,
+  patch_size=16,
+  activation="gelu_pytorch_tanh",
+  norm_eps=1e-6,
+  class_token=False,
+  patch_bias=True,
+  pre_norm=False,
+  mean=(0.5,) * 3,
+  std=(0.5,) * 3,
+)
 QWEN2_7B = DecoderConfig(
   vocab_size=152064,
   width=3584,
@@ -51,6 +62,16 @@ INTERNVIT = VisionConfig(
 )
 PUBLISHED = {
   "clip-vit-large-patch14-336": Known("openai/clip-vit-large-patch14-336", VisionConfig()),
+  "siglip-large-patch16-384": Known("google/siglip-large-patch16-384", SIGLIP_L),
+  "siglip-large-patch16-256": Known("google/siglip-large-patch16-256", dataclasses.replace(SIGLIP_L, image_size=256)),
+  "siglip-base-patch16-512": Known(
+    "google/siglip-base-patch16-512",
+    dataclasses.replace(SIGLIP_L, image_size=512, width=768, layers=12, heads=12, mlp_width=3072),
+  ),
+  "siglip-so400m-patch14-384": Known(
+    "google/siglip-so400m-patch14-384",
+    dataclasses.replace(SIGLIP_L, patch_size=14, width=1152, layers=27, mlp_width=4304),
+  ),
   "vicuna-7b-v1.5": Known("lmsys/vicuna-7b-v1.5", DecoderConfig()),
   "vicuna-13b-v1.5": Known(
     "lmsys/vicuna-13b-v1.5", DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824)

@@ -15,7 +15,7 @@ NAMES = {
 STRIP = (rf"^{parts.OUTER}", "")
 IGNORED = (parts.LANGUAGE, parts.VISION)
 HINTS = (
-  (r"conv_.*|(query|key|value)_projector\..*", "the projector of LLaVA-SP: set projector.kind=spatial"),
+  (r"(conv|tfm)_.*|(query|key|value)_projector\..*|query_\d+", "the projector of LLaVA-SP: set projector.kind=spatial"),
   *parts.HINTS,
 )
 

@@ -328,7 +328,7 @@ def projector_family(weights: Weights) -> str:
   """Whose a projector is: LLaVA-1.5's, LLaVA-SP's or LLaVA-UHD's."""
   if hiwin.is_released(weights.names()):
     return "LLaVA-UHD v2" if holds(weights, r".*mm_projector\.query_1") else "LLaVA-UHD v1"
-  return "LLaVA-SP" if holds(weights, r".*\bconv_\w+\.(1\.)?weight") else "LLaVA-1.5"
+  return "LLaVA-SP" if holds(weights, r".*\b(conv_\w+\.(1\.)?|tfm_linear\.1\.)weight") else "LLaVA-1.5"
 
 
 def projector_table(config: ProjectorConfig, grid: int) -> Table:
@@ -338,13 +338,15 @@ def projector_table(config: ProjectorConfig, grid: int) -> Table:
   return hiwin.table(config) if config.any_aspect else spatial.table(config, grid)
 
 
-def projector_config(part: Part, grid: int) -> ProjectorConfig:
-  """The configuration of a projector over a tower with `grid` patches along a side."""
+def projector_config(part: Part, grid: int, maps: str = "") -> ProjectorConfig:
+  """The configuration of a projector over a tower with `grid` patches along a side; `maps` is for a released one (see
+  `spatial.recognise`)."""
   if part.config is not None:
     return part.config
   renamed = {mlp.table().rename(name): part.weights.shape(name) for name in part.weights.names()}
   ours = r"(mm_projector|conv_\w+|(query|key|value)_projector|tfm_\w+|query_\d+|image_newline)(\..*)?"
-  return spatial.recognise({name: shape for name, shape in renamed.items() if re.fullmatch(ours, name)}, grid)
+  found = {name: shape for name, shape in renamed.items() if re.fullmatch(ours, name)}
+  return spatial.recognise(found, grid, str(part.weights.path), maps)
 
 
 def tokenizer_of(local: Path, names: list[str]) -> str:

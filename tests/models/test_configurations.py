@@ -16,9 +16,13 @@ from mllm_jax.config import (
   VisionConfig,
 )
 from mllm_jax.models import mllm, projectors
-from mllm_jax.models.projectors.spatial import map_sizes
+from mllm_jax.models.projectors.maps import map_sizes
+from mllm_jax.weights.known import lookup
 
 SFE = ProjectorConfig(dfi_kernel=0)
+TRANSFORMER = dataclasses.replace(SFE, sfe="transformer")
+LIGHT = dataclasses.replace(SFE, sfe="factorised")
+WINDOWS = dataclasses.replace(SFE, sfe="windows")
 
 
 def count(config, part):
@@ -37,11 +41,19 @@ def count(config, part):
     (dataclasses.replace(SFE, stride=4), 492_838_912),
     (dataclasses.replace(SFE, stride=1), 1_386_225_664),
     (ProjectorConfig(kind="mlp2x_gelu"), 20_979_712),
+    (TRANSFORMER, 427_968_512),
+    (LIGHT, 4 * (1456 * 2**10 + 6 * 2**19) + 2**21 + 20_979_712),
+    (WINDOWS, 144 * 2**19 + 2**21 + 20_979_712),
   ],
 )
 def test_parameters_of_the_released_projectors(projector, expected):
   """The counts that the released checkpoints' shapes add up to."""
   assert count(ModelConfig(projector=projector), "projector/") == expected
+
+
+@pytest.mark.parametrize("projector, size", [(SFE, 1500.0), (ProjectorConfig(), 1761.5), (TRANSFORMER, 816.3)])
+def test_mebibytes_of_the_papers_projectors_in_16_bits(projector, size):
+  assert round(2 * count(ModelConfig(projector=projector), "projector/") / 2**20, 1) == size
 
 
 def test_parameters_of_vicuna_and_its_adapters():
@@ -96,6 +108,44 @@ def test_map_sizes(projector, sizes):
   assert projectors.tokens_per_crop(ModelConfig(projector=projector)) == len(sizes) + 576
 
 
+def test_factorised_kernels_are_a_tenth_of_the_paper_s_or_less():
+  whole, light = (count(ModelConfig(projector=projector), "projector/sfe/") for projector in (SFE, LIGHT))
+  assert whole == 763_363_328 and light == 18_546_688
+
+
+@pytest.mark.parametrize(
+  "name, fields, sizes",
+  [
+    ("siglip-large-patch16-384", {}, (4, 8, 12, 16, 20, 24)),
+    ("siglip-large-patch16-256", {}, (4, 8, 12, 16)),
+    ("siglip-base-patch16-512", {}, tuple(range(4, 33, 4))),
+    ("siglip-so400m-patch14-384", dict(sizes=(9, 15, 21, 27)), (9, 15, 21, 27)),  # an odd grid, so odd sizes
+  ],
+)
+def test_maps_follow_from_siglips_grid(name, fields, sizes):
+  vision = lookup(name).config
+  for kind in ("cropping", "pooling"):
+    projector = ProjectorConfig(maps=kind, **fields)
+    config = ModelConfig(vision=vision, projector=projector)
+    assert map_sizes(projector, vision.grid) == sizes
+    assert projectors.tokens_per_crop(config) == len(sizes) + vision.grid**2
+    kernels = (sum(size**2 for size in sizes) + 16**2) * vision.width * 512
+    assert count(config, "kernels/") + count(config, "dfi/kernel") == kernels
+
+
+def test_a_spatial_projector_in_words():
+  words = [
+    dataclasses.replace(SFE, sfe=sfe, maps="pooling").variant for sfe in ("convolution", "windows", "factorised")
+  ]
+  assert words == ["pooling", "windows", "pooling, factorised"]
+
+
+@pytest.mark.parametrize("strides, tokens", [((6, 12), 6), ((2, 2), 49), ((12, 12), 4), ((24, 1), 13)])
+def test_windows(strides, tokens):
+  config = ModelConfig(projector=dataclasses.replace(WINDOWS, window_strides=strides))
+  assert projectors.tokens_per_crop(config) == tokens + 576
+
+
 @pytest.mark.parametrize(
   "change, field",
   [
@@ -106,6 +156,14 @@ def test_map_sizes(projector, sizes):
     (dict(sizes=(8, 4)), "projector.sizes"),
     (dict(sizes=(4, 25)), "projector.sizes"),
     (dict(sizes=(3, 24)), "projector.sizes"),
+    (dict(sfe="attention"), "projector.sfe"),
+    (dict(sfe="windows", window=25), "projector.window=25"),
+    (dict(sfe="windows", window=0), "projector.window=0"),
+    (dict(sfe="windows", window_strides=(2,)), "projector.window_strides"),
+    (dict(sfe="windows", window_strides=(0, 2)), "projector.window_strides"),
+    (dict(sfe="factorised", depth_multiplier=0), "projector.depth_multiplier"),
+    (dict(sfe="transformer"), "projector.dfi_kernel=16"),
+    (dict(sfe="transformer", dfi_kernel=0, token_order="columns"), "projector.token_order"),
     (dict(dfi_kernel=25), "projector.dfi_kernel"),
     (dict(dfi_kernel=-1), "projector.dfi_kernel"),
     (dict(head_bias="sometimes"), "projector.head_bias"),
@@ -124,6 +182,7 @@ def test_impossible_projectors_are_refused(change, field):
     (dict(vision=VisionConfig(activation="relu")), "vision.activation"),
     (dict(vision=VisionConfig(select_layer=-26)), "vision.select_layer"),
     (dict(decoder=DecoderConfig(kv_heads=5)), "decoder.kv_heads"),
+    (dict(vision=VisionConfig(width=1020, heads=17), projector=TRANSFORMER), "8 heads.*1020"),
     (dict(remat="some"), "model.remat"),
     (dict(vision=VisionConfig(image_size=378)), "projector.stride"),  # an odd grid, 27 x 27
   ],

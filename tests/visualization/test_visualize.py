@@ -15,6 +15,7 @@ FIGURES = {
   "mlp": {"overview", "tokens", "patches", "features"},
   "tiled": {"slices", "overview", "tokens", "patches", "features", "squares", "maps", "details"},
   "cropping": {"overview", "tokens", "patches", "features", "squares", "maps", "details"},
+  "windows": {"overview", "tokens", "patches", "features", "maps"},
   "pooling": {"overview", "tokens", "patches", "features", "maps"},
   "shuffled": {"slices", "overview", "tokens", "patches", "features", "squares", "maps", "details"},
   "hiwin": {"slices", "overview", "tokens", "crop", "features-0", "pyramid-2", "bilinear-2"}

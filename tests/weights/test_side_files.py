@@ -213,6 +213,13 @@ def test_the_official_config_is_the_released_one(tokenizer_folders, tmp_path):
     ({"dfi_kernel": 0, "sizes": (24,)}, "336_6_tokens", "conv336_24", "conv336_24"),
     ({"dfi_kernel": 0, "maps": "pooling"}, "336_pooling", "conv336_pooling_sfe", "conv336_adptive_pooling"),
     ({"maps": "pooling"}, "336_pooling", "conv336_adptive_pooling_fuse_49", "conv336_q"),
+    ({"sfe": "windows", "window_strides": (2, 2), "dfi_kernel": 0}, "336_6_tokens", *["conv336_conv_49"] * 2),
+    ({"sfe": "transformer", "dfi_kernel": 0}, "336_6_tokens", "tfm336", "tfm336"),
+    (
+      {"sfe": "transformer", "maps": "pooling", "token_order": "released", "dfi_kernel": 0},
+      "336_6_tokens",
+      *["tfm336_adptive_pooling"] * 2,
+    ),
   ],
 )
 def test_the_readme_names_the_literals_of_a_variant(tokenizer_folders, tmp_path, fields, encoder, architecture, train):
@@ -223,6 +230,8 @@ def test_the_readme_names_the_literals_of_a_variant(tokenizer_folders, tmp_path,
 def test_the_readme_says_what_the_released_code_has_not(tokenizer_folders, tmp_path):
   source = tokenizer_folders["spm_new"]
   assert "no such variant" in official(tmp_path, source, with_projector(dfi_kernel=0, head_bias="always"))
+  narrow = with_projector(sfe="windows", window=8, window_strides=(2, 2), dfi_kernel=0)
+  assert "no such variant: windows with sizes 8" in official(tmp_path, source, narrow)
   assert "a kernel of 8, not 16" in official(tmp_path, source, with_projector(dfi_kernel=8))
   assert "Nothing" in official(tmp_path, source, with_projector(kind="mlp2x_gelu"), "weights/vit-large")
   tower = VisionConfig(image_size=384, patch_size=16, class_token=False, patch_bias=True, pre_norm=False)

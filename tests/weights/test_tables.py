@@ -32,6 +32,13 @@ TABLES = {
 for maps in ("cropping", "pooling"):
   bare = ProjectorConfig(maps=maps, stride=1, dfi_kernel=0, conv_width=8)
   TABLES[maps] = ("projector/.*", spatial.table(bare, VISION.grid), dataclasses.replace(SMALL, projector=bare))
+for name, fields in {
+  "windows": dict(sfe="windows", window=2, window_strides=(2, 2), conv_width=8),
+  "transformer": dict(sfe="transformer", stride=1),
+  "pooled transformer": dict(sfe="transformer", maps="pooling", stride=1, token_order="released"),
+}.items():
+  other = ProjectorConfig(dfi_kernel=0, **fields)
+  TABLES[name] = ("projector/.*", spatial.table(other, VISION.grid), dataclasses.replace(SMALL, projector=other))
 tied = dataclasses.replace(DECODER, tied_embeddings=True)
 TABLES["tied"] = ("decoder/.*", llama.table(tied), ModelConfig(vision=VISION, decoder=tied, projector=PROJECTOR))
 TABLES["mlp"] = ("projector/.*", mlp.table(), dataclasses.replace(SMALL, projector=ProjectorConfig(kind="mlp2x_gelu")))

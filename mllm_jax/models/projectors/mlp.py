@@ -5,6 +5,7 @@ import math
 import jax
 from flax import nnx
 
+from mllm_jax.config import ProjectorConfig, VisionConfig
 from mllm_jax.models.layers import Linear, uniform
 
 
@@ -24,3 +25,13 @@ class MlpProjector(nnx.Module):
   ) -> jax.Array:
     """patch_features [..., P, C] -> visual tokens [..., P, D]."""
     return self.fc2(jax.nn.gelu(self.fc1(patch_features), approximate=False))
+
+
+def make(config: ProjectorConfig, vision: VisionConfig, width: int, *, rngs: nnx.Rngs) -> MlpProjector:
+  """Of `projector.kind` "mlp2x_gelu"."""
+  return MlpProjector(vision.width, width, rngs=rngs)
+
+
+def tokens_per_crop(config: ProjectorConfig, vision: VisionConfig) -> int:
+  """One a patch."""
+  return vision.grid**2

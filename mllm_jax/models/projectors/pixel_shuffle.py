@@ -13,7 +13,8 @@ from flax import nnx
 
 from mllm_jax.config import ConfigError, ProjectorConfig, VisionConfig
 from mllm_jax.models.layers import LayerNorm, Linear, uniform
-from mllm_jax.models.projectors.spatial import SpatialProjector, map_sizes
+from mllm_jax.models.projectors.maps import spatial_tokens
+from mllm_jax.models.projectors.spatial import SpatialProjector
 
 SIDE = 2  # patches along each side of a token
 NORM_EPS = 1e-5
@@ -68,5 +69,5 @@ def make(config: ProjectorConfig, vision: VisionConfig, width: int, *, rngs: nnx
 
 def tokens_per_crop(config: ProjectorConfig, vision: VisionConfig) -> int:
   """The spatial tokens where there are any, and one for 2 x 2 patches."""
-  spatial = 0 if config.kind == "pixel_shuffle" else len(map_sizes(config, vision.grid))
+  spatial = 0 if config.kind == "pixel_shuffle" else spatial_tokens(config, vision.grid)
   return spatial + (vision.grid // SIDE) ** 2

@@ -1,10 +1,10 @@
 """The spatial projector of LLaVA-SP: a few spatial tokens that summarise the patch map, put before the patch tokens.
 
 Spatial feature extractor (SFE): maps of growing size, made from the H x H patch map by cropping around its centre or by
-adaptive average pooling, and for each map one convolution whose kernel covers it, so that it gives one token. Detail
-feature integrator (DFI): the tokens attend to a detail map, a strided convolution of the whole patch map, and what they
-find is put beside them. Both follow the paper; where the released code differs from it `ProjectorConfig` says which is
-meant.
+adaptive average pooling, and for each map one convolution whose kernel covers it, so that it gives one token; in the
+ablations something else (see `EXTRACTORS`). Detail feature integrator (DFI): the tokens attend to a detail map, a
+strided convolution of the whole patch map, and what they find is put beside them. Both follow the paper; where the
+released code differs from it `ProjectorConfig` says which is meant.
 
 The released code also replaces NaN and infinities by finite numbers in DFI. That is left out: it hides a broken run,
 and changes nothing in a sound one.
@@ -14,47 +14,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from mllm_jax.config import ConfigError, ProjectorConfig
-from mllm_jax.models.layers import LayerNorm, Linear, uniform, zeros
+from mllm_jax.config import ConfigError, ProjectorConfig, VisionConfig
+from mllm_jax.models.layers import LayerNorm, Linear
+from mllm_jax.models.projectors import maps
 from mllm_jax.models.projectors.mlp import MlpProjector
+from mllm_jax.models.projectors.sfe_factorised import FactorisedExtractor
+from mllm_jax.models.projectors.sfe_transformer import TransformerExtractor
 from mllm_jax.sharding import rows_only
 
 DFI_STRIDE = 2  # paper, table 6: every kernel size is used with stride 2
 DFI_NORM_EPS = 1e-5
-
-
-def map_sizes(config: ProjectorConfig, grid: int) -> tuple[int, ...]:
-  """Side lengths of the maps, smallest first; one spatial token each.
-
-  They grow by `stride` patches on each side, from 2 * stride to the whole grid: 4, 8, ..., 24 for stride 2 on 24 x 24.
-  Raises ConfigError where that does not end at the grid, or where given sizes do not fit it.
-  """
-  if config.maps not in ("cropping", "pooling"):
-    raise ConfigError(f"projector.maps={config.maps!r} is unknown; known: cropping, pooling")
-  if config.sizes:
-    sizes = tuple(config.sizes)
-    if list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > grid:
-      raise ConfigError(f"projector.sizes={sizes} must grow and lie in 1..{grid}, the tower's grid")
-    off_centre = [size for size in sizes if (grid - size) % 2]
-    if config.maps == "cropping" and off_centre:
-      raise ConfigError(
-        f"projector.sizes={sizes}: {off_centre} cannot be centred in a grid of {grid}; "
-        f"use {'even' if grid % 2 == 0 else 'odd'} sizes"
-      )
-    return sizes
-  if config.stride < 1 or grid % (2 * config.stride):
-    fitting = [stride for stride in range(1, grid // 2 + 1) if grid % (2 * stride) == 0]
-    raise ConfigError(
-      f"projector.stride={config.stride} does not fit a grid of {grid}: maps growing by {config.stride} on "
-      f"each side never end at {grid}; use one of {fitting}"
-      if fitting
-      else f"projector.stride={config.stride} does not fit a grid of {grid}: it is odd; name the map sizes in "
-      "projector.sizes instead"
-    )
-  return tuple(range(2 * config.stride, grid + 1, 2 * config.stride))
 
 
 def has_head_bias(config: ProjectorConfig) -> bool:
@@ -65,45 +36,38 @@ def has_head_bias(config: ProjectorConfig) -> bool:
   return choices[config.head_bias]
 
 
-def pooling_matrix(grid: int, size: int) -> np.ndarray:
-  """Adaptive average pooling along one axis as a matrix, float32 [size, grid]: bin i is the mean of the places from
-  floor(i grid / size) up to ceil((i + 1) grid / size)."""
-  matrix = np.zeros((size, grid), np.float32)
-  for i in range(size):
-    start, stop = i * grid // size, -(-(i + 1) * grid // size)
-    matrix[i, start:stop] = 1 / (stop - start)
-  return matrix
-
-
-class SpatialFeatureExtractor(nnx.Module):
-  """Patch map [B, G, G, C] -> spatial tokens [B, n, E], from the smallest map to the largest."""
+class ConvolutionExtractor(nnx.Module):
+  """Patch map [B, G, G, C] -> spatial tokens [B, n, E], from the smallest map to the largest, as the paper has it."""
 
   def __init__(self, config: ProjectorConfig, grid: int, width: int, *, rngs: nnx.Rngs):
-    self.sizes = map_sizes(config, grid)
-    self.pooled = config.maps == "pooling"
-    self.kernels = nnx.List([conv_kernel(config, size, width, rngs) for size in self.sizes])
-
-  def maps(self, patch_map: jax.Array) -> list[jax.Array]:
-    """One map [B, k, k, C] for each size k: crops around the centre, or the whole map pooled to k x k."""
-    grid = patch_map.shape[1]
-    if self.pooled:
-
-      def pool(size):
-        matrix = jnp.asarray(pooling_matrix(grid, size))
-        rows = jnp.einsum("ij,bjkc->bikc", matrix, patch_map, preferred_element_type=jnp.float32)
-        return jnp.einsum("lk,bikc->bilc", matrix, rows).astype(patch_map.dtype)
-
-      return [patch_map if size == grid else pool(size) for size in self.sizes]
-    starts = [(grid - size) // 2 for size in self.sizes]
-    return [patch_map[:, start : start + size, start : start + size] for start, size in zip(starts, self.sizes)]
+    self.config, self.width = config, config.conv_width
+    self.kernels = nnx.List([maps.conv_kernel(config, size, width, rngs) for size in maps.map_sizes(config, grid)])
 
   def __call__(self, patch_map: jax.Array) -> jax.Array:
     # A kernel that covers its whole map is a matrix: each convolution is one product over all k * k * C inputs.
     products = [
       jnp.einsum("bhwc,hwce->be", m, kernel[...].astype(m.dtype))
-      for m, kernel in zip(self.maps(patch_map), self.kernels)
+      for m, kernel in zip(maps.make(self.config, patch_map), self.kernels)
     ]
     return jnp.stack(products, axis=1)
+
+
+class WindowExtractor(nnx.Module):
+  """Patch map [B, G, G, C] -> spatial tokens [B, n, E] of equal windows under one kernel, top to bottom and left to
+  right (paper, table 5).
+
+  Neither the paper nor the released code gives the windows' size. The defaults of `ProjectorConfig`, 12 x 12 patches
+  6 apart downwards and 12 apart across, cover a map of 24 x 24 and make six tokens, as many as cropping and pooling.
+  With 2 and 2 apart they are the 49 tokens of the released code's `conv336_conv_49`.
+  """
+
+  def __init__(self, config: ProjectorConfig, grid: int, width: int, *, rngs: nnx.Rngs):
+    maps.check_windows(config, grid)
+    self.strides, self.width = config.window_strides, config.conv_width
+    self.kernel = maps.conv_kernel(config, config.window, width, rngs)
+
+  def __call__(self, patch_map: jax.Array) -> jax.Array:
+    return maps.convolve(patch_map, self.kernel, self.strides)
 
 
 class DetailFeatureIntegrator(nnx.Module):
@@ -115,19 +79,13 @@ class DetailFeatureIntegrator(nnx.Module):
         f"projector.dfi_kernel={config.dfi_kernel} does not fit a grid of {grid}; use 1..{grid}, or 0 for none"
       )
     conv_width = config.conv_width
-    self.kernel = conv_kernel(config, config.dfi_kernel, width, rngs)
+    self.kernel = maps.conv_kernel(config, config.dfi_kernel, width, rngs)
     self.query_norm, self.key_norm, self.value_norm = (LayerNorm(conv_width, DFI_NORM_EPS, rngs=rngs) for _ in range(3))
     self.query, self.key, self.value = (Linear(conv_width, conv_width, bias=True, rngs=rngs) for _ in range(3))
 
   def details(self, patch_map: jax.Array) -> jax.Array:
-    """The detail map [B, M, E], row-major: one product of all windows with the kernel.
-
-    Not `jax.lax.conv`: the windows are so few and so large that a product is the better form.
-    """
-    size = self.kernel.shape[0]
-    starts = range(0, patch_map.shape[1] - size + 1, DFI_STRIDE)
-    windows = jnp.stack([patch_map[:, i : i + size, j : j + size] for i in starts for j in starts], axis=1)
-    return jnp.einsum("bmhwc,hwce->bme", windows, self.kernel[...].astype(windows.dtype))
+    """The detail map [B, M, E], row-major."""
+    return maps.convolve(patch_map, self.kernel, (DFI_STRIDE, DFI_STRIDE))
 
   def attention(self, tokens: jax.Array, details: jax.Array) -> jax.Array:
     """How much each token [B, n, E] takes of each place of the detail map [B, M, E]: float32 [B, n, M], sums of 1."""
@@ -143,15 +101,31 @@ class DetailFeatureIntegrator(nnx.Module):
     return rows_only(jnp.concatenate([rows_only(tokens), found], axis=-1))
 
 
+# By `ProjectorConfig.sfe`. Each has `width`, that of its tokens.
+EXTRACTORS = {
+  "convolution": ConvolutionExtractor,
+  "windows": WindowExtractor,
+  "transformer": TransformerExtractor,
+  "factorised": FactorisedExtractor,
+}
+
+
 class SpatialProjector(nnx.Module):
   """LLaVA-SP's projector: patch features [..., P, C] -> visual tokens [..., n + P, D], the n spatial tokens
   first."""
 
   def __init__(self, config: ProjectorConfig, grid: int, in_width: int, out_width: int, *, rngs: nnx.Rngs):
+    if config.sfe not in EXTRACTORS:
+      raise ConfigError(f"projector.sfe={config.sfe!r} is unknown; known: {', '.join(EXTRACTORS)}")
+    if config.sfe == "transformer" and config.dfi_kernel:
+      raise ConfigError(
+        f"projector.dfi_kernel={config.dfi_kernel}: DFI is for the tokens of convolutions; set it to 0 with "
+        "projector.sfe=transformer"
+      )
     self.grid = grid
-    self.sfe = SpatialFeatureExtractor(config, grid, in_width, rngs=rngs)
+    self.sfe = EXTRACTORS[config.sfe](config, grid, in_width, rngs=rngs)
     self.dfi = DetailFeatureIntegrator(config, grid, in_width, rngs=rngs) if config.dfi_kernel else None
-    head_width = config.conv_width * (2 if self.dfi is not None else 1)
+    head_width = self.sfe.width + (config.conv_width if self.dfi is not None else 0)
     self.head = Linear(head_width, out_width, bias=has_head_bias(config), rngs=rngs)
     self.patch_mlp = MlpProjector(in_width, out_width, rngs=rngs)
 
@@ -161,7 +135,7 @@ class SpatialProjector(nnx.Module):
   ) -> jax.Array:
     axes = patch_features.shape[:-2]
     patch_map = patch_features.reshape(-1, self.grid, self.grid, patch_features.shape[-1])
-    tokens = self.sfe(patch_map)
+    tokens = rows_only(self.sfe(patch_map))
     if self.dfi is not None:
       tokens = self.dfi(tokens, patch_map)
     spatial_tokens = self.head(jax.nn.gelu(tokens, approximate=False))
@@ -169,10 +143,11 @@ class SpatialProjector(nnx.Module):
     return jnp.concatenate([spatial_tokens, self.patch_mlp(patch_features)], axis=-2)
 
 
-def conv_kernel(config: ProjectorConfig, size: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-  """A kernel [size, size, C, E], initialised as `config.conv_init` says."""
-  bound = 1 / math.sqrt(size * size * width)
-  inits = {"uniform": uniform(bound), "zeros": zeros}
-  if config.conv_init not in inits:
-    raise ConfigError(f"projector.conv_init={config.conv_init!r} is unknown; known: {', '.join(inits)}")
-  return nnx.Param(inits[config.conv_init](rngs.params(), (size, size, width, config.conv_width)))
+def make(config: ProjectorConfig, vision: VisionConfig, width: int, *, rngs: nnx.Rngs) -> SpatialProjector:
+  """Of `projector.kind` "spatial"."""
+  return SpatialProjector(config, vision.grid, vision.width, width, rngs=rngs)
+
+
+def tokens_per_crop(config: ProjectorConfig, vision: VisionConfig) -> int:
+  """The spatial tokens, and one a patch."""
+  return maps.spatial_tokens(config, vision.grid) + vision.grid**2

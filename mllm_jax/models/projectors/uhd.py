@@ -60,3 +60,8 @@ class UhdProjector(nnx.Module):
     by_crop = jax.tree.map(lambda x: x.swapaxes(0, 1), (patch_features, patches, grids))
     _, tokens = jax.lax.scan(lambda _, crops: (None, crop(folded, *crops)), None, by_crop)
     return tokens.swapaxes(0, 1)
+
+
+def tokens_per_crop(config: ProjectorConfig, vision: VisionConfig) -> int:
+  """As many as there are windows, whatever the crop's shape."""
+  return config.query_grid**2

@@ -26,7 +26,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.models import flat
 from mllm_jax.models.adaptive_conv import EXACT, adaptive_conv
 from mllm_jax.models.layers import Linear, uniform
-from mllm_jax.models.projectors.spatial import pooling_matrix
+from mllm_jax.models.projectors.maps import pooling_matrix
 
 RADIUS = 3
 TAPS = 2 * RADIUS + 1

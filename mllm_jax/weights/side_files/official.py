@@ -8,7 +8,7 @@ from typing import Any
 from mllm_jax.config import ConfigError, ModelConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.tiles import GRIDS
-from mllm_jax.models.projectors.spatial import map_sizes
+from mllm_jax.models.projectors.maps import map_sizes
 from mllm_jax.weights import hiwin
 from mllm_jax.weights.side_files.files import check_dtype, text_config, write_json
 
@@ -38,7 +38,7 @@ class Literals:
 
 
 SIX, TWELVE, EIGHT = tuple(range(4, 25, 4)), tuple(range(2, 25, 2)), tuple(range(2, 17, 2))
-# (tower's family, maps, their sizes, whether there is DFI)
+# (tower's family, the projector's variant, sizes of its maps or windows, whether there is DFI)
 VARIANTS = {
   ("clip", "cropping", SIX, False): Literals("336_6_tokens", "conv336", "conv336"),
   ("clip", "cropping", (8, 16, 24), False): Literals("336_3_tokens", "conv336_3_tokens", "conv336_3_tokens"),
@@ -48,6 +48,11 @@ VARIANTS = {
   ("clip", "cropping", SIX, True): Literals("336_6_tokens", "conv336_cropping_sfe_dfi", "conv336_q"),
   ("clip", "pooling", SIX, False): Literals("336_pooling", "conv336_pooling_sfe", "conv336_adptive_pooling"),
   ("clip", "pooling", SIX, True): Literals("336_pooling", "conv336_adptive_pooling_fuse_49", "conv336_q"),
+  ("clip", "windows", (12,), False): Literals("336_6_tokens", "conv336_conv_49", "conv336_conv_49"),
+  ("clip", "cropping, transformer", SIX, False): Literals("336_6_tokens", "tfm336", "tfm336"),
+  ("clip", "pooling, transformer", SIX, False): Literals(
+    "336_6_tokens", "tfm336_adptive_pooling", "tfm336_adptive_pooling"
+  ),
   ("siglip", "cropping", SIX, False): Literals("336", "conv336", "conv336"),
   ("siglip", "cropping", TWELVE, False): Literals("224", "conv336_12_tokens", "conv336_12_tokens"),
   ("siglip", "cropping", SIX, True): Literals("336", "conv336_cropping_sfe_dfi", "conv336_q"),
@@ -193,11 +198,17 @@ def image_aspect(model: ModelConfig) -> dict[str, Any]:
 def literals(model: ModelConfig) -> Literals | None:
   """What the released code of LLaVA-SP must say for this variant, None where it has no such variant."""
   projector, vision = model.projector, model.vision
-  sizes = map_sizes(projector, vision.grid)
-  found = VARIANTS.get((family(vision), projector.maps, sizes, bool(projector.dfi_kernel)))
-  whole_map = sizes[-1] == vision.grid
+  sizes = sides(model)
+  found = VARIANTS.get((family(vision), projector.variant, sizes, bool(projector.dfi_kernel)))
+  whole_map = sizes[-1] == vision.grid or projector.sfe == "windows"
   released = projector.head_bias == "released" and projector.conv_width == RELEASED_CONV_WIDTH and vision.width == 1024
   return found if released and whole_map else None
+
+
+def sides(model: ModelConfig) -> tuple[int, ...]:
+  """Side lengths of a spatial projector's maps, or of its windows."""
+  projector = model.projector
+  return (projector.window,) if projector.sfe == "windows" else map_sizes(projector, model.vision.grid)
 
 
 def readme(model: ModelConfig, llm_folder: Path, vision_source: str, base_model: str, lora: bool) -> str:
@@ -239,10 +250,11 @@ def _settings(model: ModelConfig) -> list[str]:
     return ["Nothing: it is chosen by config.json."]
   found = literals(model)
   if found is None:
-    sizes = ", ".join(str(size) for size in map_sizes(model.projector, model.vision.grid))
+    sizes = ", ".join(str(size) for size in sides(model))
     return [
-      f"It has no such variant: {model.projector.maps} with maps of {sizes}, DFI's kernel {model.projector.dfi_kernel}",
-      f"and {model.projector.conv_width} channels. The names of the weights follow its rules all the same.",
+      f"It has no such variant: {model.projector.variant} with sizes {sizes}, DFI's kernel",
+      f"{model.projector.dfi_kernel} and {model.projector.conv_width} channels. The names of the weights follow its",
+      "rules all the same.",
     ]
   encoder = "clip_encoder.py" if family(model.vision) == "clip" else "siglip_encoder.py"
   lines = [
