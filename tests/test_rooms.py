@@ -68,6 +68,8 @@ ALLOWED = {
   "visualization": {"batch", "config", "data", "models", "page"},
   "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
   "generate": {"build", "command_line", "config", "data", "inference", "places", "training", "weights"},
+  "server": {"data", "inference"},
+  "serve": {"build", "command_line", "config", "data", "inference", "places", "server", "training"},
   "train": {
     "build",
     "command_line",
