@@ -127,7 +127,7 @@ def run(front: "Front", bound: socket.socket, grace: float) -> int:
 
     def end(self) -> None:
       if self.draining:
-        self.should_exit = self.force_exit = True
+        front.cut_off()
       else:
         self.draining = loop.create_task(self.drain())
 

@@ -99,6 +99,8 @@ def _get(where: Origin, path: str, max_bytes: int, deadline: float) -> tuple[byt
     if response.status != 200:
       raise FetchError(f"its host answers with status {response.status}")
     content = response.read(max_bytes + 1)
+    if time.monotonic() >= deadline:  # without Content-Length, being hung up on looks like the end
+      raise TimeoutError
     if len(content) > max_bytes:
       raise FetchError(f"it has more than {max_bytes} bytes")
     if response.length:  # what Content-Length promised and the connection's end kept back

@@ -81,7 +81,12 @@ class Front:
       async with asyncio.timeout(seconds):
         await self._nobody.wait()
     except TimeoutError:
-      self.worker.refuse_all(_draining())
+      self.cut_off()
+
+  def cut_off(self) -> None:
+    """Ends the wait of `drain`, and gives everyone who waits an error."""
+    self.worker.refuse_all(_draining())
+    self._nobody.set()
 
   def authorise(self, connection: HTTPConnection) -> None:
     """Raises ApiError for a client without the key."""

@@ -72,9 +72,10 @@ class Source:
       descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
       raise missing from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+      os.close(descriptor)
+      raise missing
     with open(descriptor, "rb") as file:
-      if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise missing
       content = file.read(self.max_bytes + 1)
     if len(content) > self.max_bytes:
       raise _refused(picture, f"the file has more than {self.max_bytes} bytes")
@@ -92,6 +93,8 @@ def sizes(pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: in
     try:
       with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         found.append(image.size)
+    except Image.DecompressionBombError as error:
+      raise _refused(picture, f"at most {max_pixels} pixels are read; shrink it") from error
     except images.DAMAGED as error:
       raise _refused(picture, f"it cannot be read as a picture ({', '.join(FORMATS)})") from error
     width, height = found[-1]
