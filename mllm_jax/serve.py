@@ -85,8 +85,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def listener(host: str, port: int) -> socket.socket:
   """A socket bound to an address, before anything slow is done. Raises ConfigError where that cannot be had."""
   try:
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind)
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    # asyncio sends tokens without delay only where the protocol is given; otherwise each waits for up to 40 ms.
+    bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(address)
   except (OSError, OverflowError) as error:

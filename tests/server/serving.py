@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -48,13 +49,17 @@ def running(processor, engine=None, *, grace=5.0, source=None, api_key="", **lim
   thread = threading.Thread(target=serve.run, args=(front, bound, grace))
   thread.start()
   try:
-    wait_for(lambda: front.worker is not None)
+    wait_for(lambda: listening(bound))
     yield Url(serve.address(bound), front)
   finally:
     with contextlib.suppress(RuntimeError):  # it has ended by itself
       front.worker._loop.call_soon_threadsafe(front.end)
     thread.join(30)
     assert not thread.is_alive()
+
+
+def listening(bound) -> bool:
+  return bool(bound.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 class Url(str):
