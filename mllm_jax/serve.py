@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mllm_jax import terminal
 from mllm_jax.command_line import Parser
 from mllm_jax.config import ConfigError
-from mllm_jax.data.records import DataError
-from mllm_jax.places import PlaceError, base_name
+from mllm_jax.places import base_name
 from mllm_jax.server.fetch import origin
 from mllm_jax.server.limits import Limits
+from mllm_jax.terminal import note
 
 if TYPE_CHECKING:
   from mllm_jax.server.front import Front
@@ -97,8 +98,8 @@ def listener(host: str, port: int) -> socket.socket:
   return bound
 
 
-def run(front: "Front", bound: socket.socket, grace: float) -> int:
-  """Serves until told to end; the exit status."""
+def run(front: "Front", bound: socket.socket, grace: float) -> bool:
+  """Serves until told to end; False where the engine broke."""
   import uvicorn
 
   from mllm_jax.server import app
@@ -157,15 +158,16 @@ def run(front: "Front", bound: socket.socket, grace: float) -> int:
   server.run(sockets=[bound])
   ended = front.worker.stop(CLOSING_SECONDS)
   note("ended")
-  status = 1 if front.worker.failed else 0
   if not ended:  # a compilation cannot be interrupted, and Python would wait for it
-    sys.stdout.flush()
-    os._exit(status)
-  return status
+    os._exit(0)
+  return not front.worker.failed
 
 
-def serve(args: argparse.Namespace) -> int:
-  """Loads the model and serves it; the exit status. What the caller can put right is a DataError or ConfigError."""
+def serve(args: argparse.Namespace) -> None:
+  """Loads the model and serves it until told to end.
+
+  Raises DataError or ConfigError for what the caller can put right, and SystemExit with status 1 where the engine broke.
+  """
   bound = listener(args.host, args.port)
 
   from mllm_jax.build import load
@@ -177,17 +179,18 @@ def serve(args: argparse.Namespace) -> int:
   model, processor = load(args.model)
   note(f"{args.model}: read in {time.perf_counter() - start:.1f} s")
   try:
-    engine = Engine(model, processor, rows=args.rows, max_length=args.max_length)
+    engine = Engine(model, processor, rows=args.rows, max_length=args.max_length or processor.max_length)
   except ValueError as error:
     raise ConfigError(str(error)) from error
   limits = Limits(
-    args.rows, engine.max_length, args.max_queue, args.max_tokens, args.max_body, args.max_pixels, args.timeout
+    engine.rows, engine.max_length, args.max_queue, args.max_tokens, args.max_body, args.max_pixels, args.timeout
   )
   source = Source(args.max_body, args.origins, args.folders)
   name = base_name(os.path.realpath(args.model) if "://" not in args.model else args.model)
   front = Front(engine, processor, name, limits, source, args.api_key)
   print(f"{address(bound)} serves {name}: {limits.rows} rows of {limits.max_length} tokens; warming up", flush=True)
-  return run(front, bound, args.grace)
+  if not run(front, bound, args.grace):
+    sys.exit(1)
 
 
 def address(bound: socket.socket) -> str:
@@ -196,27 +199,9 @@ def address(bound: socket.socket) -> str:
   return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def note(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   args = arguments(argv)
-  try:
-    return serve(args)
-  except (DataError, ConfigError, PlaceError) as error:
-    note(f"error: {error}")
-    return 2
-  except RuntimeError as error:
-    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
-
-    if not isinstance(error, CheckpointError):
-      raise
-    note(f"error: {error}")
-    return 2
-  except KeyboardInterrupt:
-    note("\ninterrupted")
-    return 130
+  return terminal.run(lambda: serve(args))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def main() -> None:
   bundle = load_digits()
   labels = bundle.target.astype(np.uint8)
   ASSETS.mkdir(exist_ok=True)
-  np.savez_compressed(ASSETS / "digits.npz", scans=bundle.images.astype(np.uint8), labels=labels,
-                      held_out=split(labels, HELD_OUT))
+  np.savez_compressed(
+    ASSETS / "digits.npz", scans=bundle.images.astype(np.uint8), labels=labels, held_out=split(labels, HELD_OUT)
+  )
   (ASSETS / "ATTRIBUTION.txt").write_text(ATTRIBUTION)
 
 

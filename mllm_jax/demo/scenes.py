@@ -22,8 +22,14 @@ JITTER = 4  # pixels between a digit's centre and the centre of its patch, at mo
 MAX_OBJECTS = 5
 
 COLOURS = {
-    "red": (235, 45, 45), "orange": (255, 150, 30), "yellow": (250, 240, 60), "green": (60, 205, 70),
-    "cyan": (50, 220, 230), "blue": (75, 115, 255), "pink": (255, 130, 205), "white": (245, 245, 245),
+  "red": (235, 45, 45),
+  "orange": (255, 150, 30),
+  "yellow": (250, 240, 60),
+  "green": (60, 205, 70),
+  "cyan": (50, 220, 230),
+  "blue": (75, 115, 255),
+  "pink": (255, 130, 205),
+  "white": (245, 245, 245),
 }
 GROUNDS = {"black": (8, 8, 8), "gray": (75, 75, 75), "navy": (14, 18, 85), "brown": (78, 45, 16), "teal": (8, 72, 70)}
 ROWS = ("top", "middle", "bottom")
@@ -93,8 +99,14 @@ def load_digits() -> Digits:
     return Digits(stored["scans"], stored["labels"], stored["held_out"])
 
 
-def sample_scene(rng: np.random.Generator, scans: np.ndarray, *, count: int | None = None,
-                 jitter: int = JITTER, shape: tuple[int, int] = (1, 1)) -> Scene:
+def sample_scene(
+  rng: np.random.Generator,
+  scans: np.ndarray,
+  *,
+  count: int | None = None,
+  jitter: int = JITTER,
+  shape: tuple[int, int] = (1, 1),
+) -> Scene:
   """A random scene of `count` objects (one to five where None) from the scan indices `scans`, of `shape` tiles."""
   labels = load_digits().labels
   count = int(rng.integers(1, MAX_OBJECTS + 1)) if count is None else count

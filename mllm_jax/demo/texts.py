@@ -36,8 +36,9 @@ def _unique(scene: Scene, attribute: str) -> list[Object]:
 
 def _references(scene: Scene) -> list[tuple[Object, str]]:
   """Every way to speak of exactly one object by its colour or its digit."""
-  return ([(thing, f"the {thing.colour} digit") for thing in _unique(scene, "colour")]
-          + [(thing, f"the digit {thing.digit}") for thing in _unique(scene, "digit")])
+  return [(thing, f"the {thing.colour} digit") for thing in _unique(scene, "colour")] + [
+    (thing, f"the digit {thing.digit}") for thing in _unique(scene, "digit")
+  ]
 
 
 def _digit_at(rng, scene):
@@ -71,8 +72,10 @@ def _count(rng, scene):
   absent = [value for value in (scenes.COLOURS if attribute == "colour" else range(10)) if value not in values]
   number = _pick(rng, sorted({0, *map(values.count, values)}))  # each number that occurs is asked for equally often
   value = _pick(rng, absent if number == 0 else sorted({value for value in values if values.count(value) == number}))
-  texts = {"colour": ("How many digits are {}?", "How many {} digits are there?"),
-           "digit": ("How many times is there a digit {}?", "How many times does the digit {} stand there?")}
+  texts = {
+    "colour": ("How many digits are {}?", "How many {} digits are there?"),
+    "digit": ("How many times is there a digit {}?", "How many times does the digit {} stand there?"),
+  }
   return _pick(rng, texts[attribute]).format(value), NUMBERS[number]
 
 
@@ -116,8 +119,14 @@ def _exists(rng, scene):
 
 
 KINDS: dict[str, Callable] = {
-    "digit at a place": _digit_at, "digit of a colour": _digit_of_colour, "where": _where, "count": _count,
-    "colour": _colour, "ground": _ground, "left or right": _side, "exists": _exists,
+  "digit at a place": _digit_at,
+  "digit of a colour": _digit_of_colour,
+  "where": _where,
+  "count": _count,
+  "colour": _colour,
+  "ground": _ground,
+  "left or right": _side,
+  "exists": _exists,
 }
 
 
@@ -127,8 +136,9 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
   return None if made is None else Question(kind, *made)
 
 
-def converse(rng: np.random.Generator, scene: Scene, turns: int,
-             kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
+def converse(
+  rng: np.random.Generator, scene: Scene, turns: int, kinds: tuple[str, ...] = tuple(KINDS)
+) -> list[Question]:
   """`turns` questions, no wording twice. Their kinds are drawn from `kinds`, in which one may stand several times."""
   chosen: dict[str, Question] = {}
   while len(chosen) < turns:

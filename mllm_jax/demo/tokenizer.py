@@ -13,8 +13,10 @@ import sentencepiece
 
 from mllm_jax.demo import scenes, texts
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+SYSTEM = (
+  "A chat between a curious user and an artificial intelligence assistant. "
+  "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 VOCABULARY = 608  # about the smallest with which every word is one piece
 
 
@@ -44,9 +46,23 @@ def train() -> bytes:
   lines += [". , : ? ' " * 40, ".,:?'" * 40]
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
-      unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
-      add_dummy_prefix=True, character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    sentence_iterator=iter(lines),
+    model_writer=model,
+    model_type="bpe",
+    vocab_size=VOCABULARY,
+    byte_fallback=True,
+    unk_id=0,
+    bos_id=1,
+    eos_id=2,
+    pad_id=-1,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=True,
+    character_coverage=1.0,
+    hard_vocab_limit=False,
+    num_threads=1,
+    minloglevel=2,
+  )
   return model.getvalue()
 
 
@@ -56,9 +72,16 @@ def write(folder: pathlib.Path, model: bytes) -> None:
   (folder / "tokenizer.model").write_bytes(model)
   special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
   settings = {
-      "add_bos_token": True, "add_eos_token": False, **special, "pad_token": None,
-      "clean_up_tokenization_spaces": False, "legacy": False, "model_max_length": 1024, "padding_side": "right",
-      "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    **special,
+    "pad_token": None,
+    "clean_up_tokenization_spaces": False,
+    "legacy": False,
+    "model_max_length": 1024,
+    "padding_side": "right",
+    "sp_model_kwargs": {},
+    "tokenizer_class": "LlamaTokenizer",
   }
   (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
   (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")

@@ -36,31 +36,73 @@ def write_clip(folder: pathlib.Path, lower: VisionTower, last: towers_vision.Las
   tensors = export(arrays, clip.table(VisionConfig(**vars(config) | {"select_layer": -1})))
   tensors["vision_model.post_layernorm.weight"] = np.asarray(last.norm.scale[...])
   tensors["vision_model.post_layernorm.bias"] = np.asarray(last.norm.bias[...])
-  _write(folder, tensors, {
-      "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": config.width,
-      "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-      "num_channels": 3, "image_size": config.image_size, "patch_size": config.patch_size,
-      "hidden_act": config.activation, "layer_norm_eps": config.norm_eps, "attention_dropout": 0.0,
-      "projection_dim": config.width})
+  _write(
+    folder,
+    tensors,
+    {
+      "architectures": ["CLIPVisionModel"],
+      "model_type": "clip_vision_model",
+      "hidden_size": config.width,
+      "intermediate_size": config.mlp_width,
+      "num_hidden_layers": config.layers,
+      "num_attention_heads": config.heads,
+      "num_channels": 3,
+      "image_size": config.image_size,
+      "patch_size": config.patch_size,
+      "hidden_act": config.activation,
+      "layer_norm_eps": config.norm_eps,
+      "attention_dropout": 0.0,
+      "projection_dim": config.width,
+    },
+  )
   size = config.image_size
-  _write_json(folder / "preprocessor_config.json", {
-      "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+  _write_json(
+    folder / "preprocessor_config.json",
+    {
+      "image_processor_type": "CLIPImageProcessor",
+      "do_convert_rgb": True,
+      "do_resize": True,
       "size": {"shortest_edge": size},
-      "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-      "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(config.mean), "image_std": list(config.std)})
+      "resample": 3,
+      "do_center_crop": True,
+      "crop_size": {"height": size, "width": size},
+      "do_rescale": True,
+      "rescale_factor": 1 / 255,
+      "do_normalize": True,
+      "image_mean": list(config.mean),
+      "image_std": list(config.std),
+    },
+  )
 
 
 def write_llama(folder: pathlib.Path, decoder: Decoder, model: bytes) -> None:
   """A `LlamaForCausalLM` folder, float16, with its tokenizer."""
   config: DecoderConfig = decoder.config
-  _write(folder, export(_arrays("decoder", decoder), llama.table(config)), {
-      "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
-      "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
-      "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_width,
-      "hidden_act": "silu", "max_position_embeddings": 1024, "rms_norm_eps": config.norm_eps,
+  _write(
+    folder,
+    export(_arrays("decoder", decoder), llama.table(config)),
+    {
+      "architectures": ["LlamaForCausalLM"],
+      "model_type": "llama",
+      "vocab_size": config.vocab_size,
+      "hidden_size": config.width,
+      "intermediate_size": config.mlp_width,
+      "num_hidden_layers": config.layers,
+      "num_attention_heads": config.heads,
+      "num_key_value_heads": config.kv_heads,
+      "head_dim": config.head_width,
+      "hidden_act": "silu",
+      "max_position_embeddings": 1024,
+      "rms_norm_eps": config.norm_eps,
       "rope_theta": config.rope_theta,
-      "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tied_embeddings,
-      "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+      "attention_bias": False,
+      "mlp_bias": False,
+      "tie_word_embeddings": config.tied_embeddings,
+      "bos_token_id": 1,
+      "eos_token_id": 2,
+      "pad_token_id": 0,
+    },
+  )
   _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
   tokenizer.write(folder, model)
 

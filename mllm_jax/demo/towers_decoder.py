@@ -86,8 +86,9 @@ def _disturbed(rng: np.random.Generator, vector: np.ndarray, noise: float) -> np
   return vector
 
 
-def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noise: float,
-               numbered: float) -> np.ndarray:
+def _summaries(
+  rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.ndarray], noise: float, numbered: float
+) -> np.ndarray:
   """One slot per centre crop: the mean of its objects, their number and the ground; now and then only the ground."""
   slots = np.zeros((len(CROPS), len(WORDS)), np.float32)
   slots[:, INDEX[scene.ground]] = 1
@@ -96,8 +97,11 @@ def _summaries(rng: np.random.Generator, scene: scenes.Scene, vectors: list[np.n
   with_number = rng.random() < numbered
   for slot, side in zip(slots, CROPS):
     crop = range((scenes.GRID - side) // 2, (scenes.GRID + side) // 2)
-    inside = [vector for thing, vector in zip(scene.objects, vectors)
-              if all(i in crop for i in divmod(thing.patch, scenes.GRID))]
+    inside = [
+      vector
+      for thing, vector in zip(scene.objects, vectors)
+      if all(i in crop for i in divmod(thing.patch, scenes.GRID))
+    ]
     if inside:
       slot += np.mean(inside, axis=0)
     if with_number:
@@ -137,16 +141,29 @@ class Speaker:
     """Again and again what is wanted, a key, and the answer; nothing twice."""
     parts = [(self.pieces.encode("\n"), False)]
     facts = [{"colour": thing.colour, "digit": str(thing.digit), "at": thing.place} for thing in scene.objects]
-    items = [(wanted, fact[key], fact[wanted]) for fact in facts for wanted in fact for key in fact
-             if wanted != key and sum(other[key] == fact[key] for other in facts) == 1]
+    items = [
+      (wanted, fact[key], fact[wanted])
+      for fact in facts
+      for wanted in fact
+      for key in fact
+      if wanted != key and sum(other[key] == fact[key] for other in facts) == 1
+    ]
     for i in rng.permutation(len(items))[:DRILL_ITEMS]:
       wanted, key, answer = items[i]
       parts += [(self.follow(f" {wanted} {key}"), False), ([*self.follow(f" {answer}"), END], True)]
     return [1], parts
 
 
-def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int, noise: float = 0.0,
-               numbered: float = 1.0, kinds: tuple[str, ...] = tuple(texts.KINDS), questions=None) -> dict:
+def make_batch(
+  rng: np.random.Generator,
+  speaker: Speaker,
+  kind: str,
+  rows: int,
+  noise: float = 0.0,
+  numbered: float = 1.0,
+  kinds: tuple[str, ...] = tuple(texts.KINDS),
+  questions=None,
+) -> dict:
   """One batch: tokens, targets, weights [B, S], first visual place, sigma [B], descriptions [B, slots, words].
 
   `questions`: (scene, questions) of each row, random ones where None.
@@ -170,8 +187,14 @@ def make_batch(rng: np.random.Generator, speaker: Speaker, kind: str, rows: int,
     trained[row, : len(ids)] = [on for part, on in parts for _ in part][:length]
     first[row] = len(before)
     descriptions.append(description)
-  return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=trained[:, 1:], first=first,
-              descriptions=np.stack(descriptions), sigma=rng.uniform(0, 0.6 * noise, rows).astype(np.float32))
+  return dict(
+    tokens=tokens[:, :-1],
+    targets=tokens[:, 1:],
+    weights=trained[:, 1:],
+    first=first,
+    descriptions=np.stack(descriptions),
+    sigma=rng.uniform(0, 0.6 * noise, rows).astype(np.float32),
+  )
 
 
 def _excerpt(rng: np.random.Generator, scene: scenes.Scene, description: np.ndarray) -> np.ndarray:
@@ -220,8 +243,12 @@ def initialise(config: DecoderConfig, seed: int) -> Decoder:
   decoder.head.set_value(decoder.embedding[...].T)
   turns = jax.random.orthogonal(jax.random.key(seed), config.width, (2, config.layers - 1))
   layers = decoder.layers
-  for linear, start in ((layers.q_proj, turns[0]), (layers.k_proj, turns[0]), (layers.v_proj, turns[1]),
-                        (layers.o_proj, turns[1].swapaxes(-1, -2))):
+  for linear, start in (
+    (layers.q_proj, turns[0]),
+    (layers.k_proj, turns[0]),
+    (layers.v_proj, turns[1]),
+    (layers.o_proj, turns[1].swapaxes(-1, -2)),
+  ):
     kernel = linear.kernel[...]
     linear.kernel.set_value(kernel.at[1:].set(start + 0.3 * kernel[1:]))
   return decoder
@@ -272,8 +299,9 @@ def train(model: bytes, steps: int, batch_size: int = 24, peak: float = 2e-3, se
   return nnx.merge(graph, params)
 
 
-def evaluate(decoder: Decoder, speaker: Speaker, questions: int = 48, seed: int = 1, noise: float = 0.0,
-             numbered: float = 0.0) -> dict[str, float]:
+def evaluate(
+  decoder: Decoder, speaker: Speaker, questions: int = 48, seed: int = 1, noise: float = 0.0, numbered: float = 0.0
+) -> dict[str, float]:
   """Share of single questions answered exactly, every token of the answer and its end: `questions` of each kind."""
   rng = np.random.default_rng(seed)
   run = jax.jit(lambda decoder, batch: forward(decoder, jnp.array(speaker.words), batch, jax.random.key(0)).argmax(-1))

@@ -26,8 +26,9 @@ from mllm_jax.demo import scenes
 from mllm_jax.models.layers import LayerNorm
 from mllm_jax.models.vision import VisionLayer, VisionTower
 
-CONFIG = VisionConfig(image_size=scenes.IMAGE_SIZE, patch_size=scenes.PATCH_SIZE, width=128, layers=5, heads=4,
-                      mlp_width=512)
+CONFIG = VisionConfig(
+  image_size=scenes.IMAGE_SIZE, patch_size=scenes.PATCH_SIZE, width=128, layers=5, heads=4, mlp_width=512
+)
 WORDS = (*scenes.COLOURS, *map(str, range(10)), *scenes.ROWS, *scenes.COLUMNS, *scenes.GROUNDS)
 
 
@@ -62,8 +63,12 @@ def distorted_glyph(rng: np.random.Generator, scan: int, size: int) -> np.ndarra
 
 def make_batch(rng: np.random.Generator, size: int, jitter: int, full_share: float) -> tuple[np.ndarray, np.ndarray]:
   """Pictures uint8 [B, 64, 588] and the words of each patch [B, 64, words]. `full_share`: with nine digits."""
-  batch = [scenes.sample_scene(rng, scenes.load_digits().train_indices, jitter=jitter,
-                               count=9 if rng.random() < full_share else None) for _ in range(size)]
+  batch = [
+    scenes.sample_scene(
+      rng, scenes.load_digits().train_indices, jitter=jitter, count=9 if rng.random() < full_share else None
+    )
+    for _ in range(size)
+  ]
   glyphs = functools.partial(distorted_glyph, rng)
   return patches_of(batch, glyphs), np.stack([words_of(scene) for scene in batch])
 
@@ -131,7 +136,8 @@ def fit(loss, trainable, frozen, schedule, steps, make, log, name):
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(params, opt_state, frozen, patches, words):
     (value, accuracy), grads = jax.value_and_grad(
-        lambda p: loss(nnx.merge(graph, p), frozen, patches, words), has_aux=True)(params)
+      lambda p: loss(nnx.merge(graph, p), frozen, patches, words), has_aux=True
+    )(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value, accuracy
 
@@ -183,8 +189,14 @@ def settle(tower: VisionTower, size: float = 0.25, seed: int = 2) -> VisionTower
   settled = nnx.clone(tower)
   last_bias = settled.layers.fc2.bias
   last_bias.set_value(last_bias[...].at[-1].add(-middle))
-  for written in (settled.pre_norm.scale, settled.pre_norm.bias, settled.layers.out_proj.kernel,
-                  settled.layers.out_proj.bias, settled.layers.fc2.kernel, last_bias):
+  for written in (
+    settled.pre_norm.scale,
+    settled.pre_norm.bias,
+    settled.layers.out_proj.kernel,
+    settled.layers.out_proj.bias,
+    settled.layers.fc2.kernel,
+    last_bias,
+  ):
     written.set_value(written[...] * size)
   return settled
 
@@ -218,13 +230,15 @@ def probe(tower: VisionTower, pictures: int = 600, seed: int = 1) -> Probe:
 
   def examples(scans):
     batch = [scenes.sample_scene(rng, scans) for _ in range(pictures)]
-    features = np.concatenate([np.asarray(run(tower, patches_of(batch[i:i + 50])))
-                               for i in range(0, pictures, 50)])
+    features = np.concatenate([np.asarray(run(tower, patches_of(batch[i : i + 50]))) for i in range(0, pictures, 50)])
     where = [(i, thing) for i, scene in enumerate(batch) for thing in scene.objects]
     at = features[[i for i, _ in where], [thing.patch for _, thing in where]]
     things = [thing for _, thing in where]
-    labels = (np.array([t.digit for t in things]), np.array([list(scenes.COLOURS).index(t.colour) for t in things]),
-              np.array([t.row * 3 + t.column for t in things]))
+    labels = (
+      np.array([t.digit for t in things]),
+      np.array([list(scenes.COLOURS).index(t.colour) for t in things]),
+      np.array([t.row * 3 + t.column for t in things]),
+    )
     is_object = np.stack([words_of(s)[:, word_slices()[-1]].sum(-1) == 0 for s in batch]).astype(int)
     return [(at, label) for label in labels] + [(features.reshape(-1, features.shape[-1]), is_object.ravel())]
 

@@ -1,12 +1,12 @@
 """Writes the digits data set as a LLaVA user's data set would look: PNG files and LLaVA JSON.
 
-    python -m mllm_jax.demo.write runs/demo/data
+python -m mllm_jax.demo.write runs/demo/data
 
-    pretrain.json   captions of training pictures, for stage 1
-    finetune.json   conversations of several turns about training pictures, for stage 2
-    heldout.json    questions about pictures of held-out scans, each answer with its "category"
-    pictures/       train-00000.png ..., heldout-00000.png ...
-    dataset.json    what it was made with; written last
+pretrain.json   captions of training pictures, for stage 1
+finetune.json   conversations of several turns about training pictures, for stage 2
+heldout.json    questions about pictures of held-out scans, each answer with its "category"
+pictures/       train-00000.png ..., heldout-00000.png ...
+dataset.json    what it was made with; written last
 """
 
 import argparse
