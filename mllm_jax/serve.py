@@ -166,7 +166,7 @@ def run(front: "Front", bound: socket.socket, grace: float) -> bool:
 def serve(args: argparse.Namespace) -> None:
   """Loads the model and serves it until told to end.
 
-  Raises DataError or ConfigError for what the caller can put right, and SystemExit with status 1 where the engine broke.
+  Raises DataError or ConfigError for what the caller can put right, and SystemExit (1) where the engine broke.
   """
   bound = listener(args.host, args.port)
 
