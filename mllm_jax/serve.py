@@ -6,14 +6,12 @@ caller can put right.
 """
 
 import argparse
-import asyncio
 import os
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mllm_jax import terminal
 from mllm_jax.command_line import Parser
@@ -23,13 +21,7 @@ from mllm_jax.server.fetch import origin
 from mllm_jax.server.limits import Limits
 from mllm_jax.terminal import note
 
-if TYPE_CHECKING:
-  from mllm_jax.server.front import Front
-
 KEY = "MLLM_JAX_API_KEY"
-CLOSING_SECONDS = 5  # for the last bytes of answers, and for the engine's last step
-KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, so that they close it and never write into one
-HEAD_BYTES = 2**15
 EXAMPLES = """examples:
   python -m mllm_jax.serve --model=runs/sp
   python -m mllm_jax.serve --model=runs/uhd_v2 --host=0.0.0.0 --api_key=SECRET --rows=16
@@ -98,71 +90,6 @@ def listener(host: str, port: int) -> socket.socket:
   return bound
 
 
-def run(front: "Front", bound: socket.socket, grace: float) -> bool:
-  """Serves until told to end; False where the engine broke."""
-  import uvicorn
-
-  from mllm_jax.server import app
-  from mllm_jax.server.connection import PatientUpToAPoint
-
-  config = uvicorn.Config(
-    app.make(front),
-    http=PatientUpToAPoint,
-    ws="none",
-    loop="asyncio",
-    lifespan="on",
-    log_level="error",
-    access_log=False,
-    server_header=False,
-    h11_max_incomplete_event_size=HEAD_BYTES,
-    timeout_keep_alive=KEEP_ALIVE_SECONDS,
-    timeout_graceful_shutdown=CLOSING_SECONDS,
-  )
-
-  class Server(uvicorn.Server):
-    """Drains when told to end; uvicorn's own way is to close what is idle and cut off what is not."""
-
-    draining: asyncio.Task | None = None
-
-    def handle_exit(self, sig, frame) -> None:
-      loop.call_soon_threadsafe(self.end)
-
-    def end(self) -> None:
-      if self.draining:
-        front.cut_off()
-      else:
-        self.draining = loop.create_task(self.drain())
-
-    async def drain(self) -> None:
-      note(f"ending; {front.open} requests are open")
-      await front.drain(grace)
-      self.should_exit = True
-
-    async def serve(self, sockets=None) -> None:
-      nonlocal loop
-      loop = asyncio.get_running_loop()
-      announcing = loop.create_task(announce())
-      await super().serve(sockets)
-      announcing.cancel()
-
-  async def announce() -> None:
-    begun = time.perf_counter()
-    while front.worker is None or front.state == "warming up":
-      await asyncio.sleep(0.1)
-    if front.state == "ok":
-      note(f"ready after {time.perf_counter() - begun:.1f} s")
-
-  loop: asyncio.AbstractEventLoop
-  server = Server(config)
-  front.end = server.end
-  server.run(sockets=[bound])
-  ended = front.worker.stop(CLOSING_SECONDS)
-  note("ended")
-  if not ended:  # a compilation cannot be interrupted, and Python would wait for it
-    os._exit(0)
-  return not front.worker.failed
-
-
 def serve(args: argparse.Namespace) -> None:
   """Loads the model and serves it until told to end.
 
@@ -173,6 +100,7 @@ def serve(args: argparse.Namespace) -> None:
   from mllm_jax.build import load
   from mllm_jax.inference.engine import Engine
   from mllm_jax.server.front import Front
+  from mllm_jax.server.lifetime import run
   from mllm_jax.server.pictures import Source
 
   start = time.perf_counter()
@@ -189,8 +117,11 @@ def serve(args: argparse.Namespace) -> None:
   name = base_name(os.path.realpath(args.model) if "://" not in args.model else args.model)
   front = Front(engine, processor, name, limits, source, args.api_key)
   print(f"{address(bound)} serves {name}: {limits.rows} rows of {limits.max_length} tokens; warming up", flush=True)
-  if not run(front, bound, args.grace):
+  run(front, bound, args.grace)
+  if front.worker.failed:
     sys.exit(1)
+  if front.worker.is_alive():  # a compilation cannot be interrupted, and Python would wait for it
+    os._exit(0)
 
 
 def address(bound: socket.socket) -> str:

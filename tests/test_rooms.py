@@ -67,7 +67,7 @@ ALLOWED = {
   "convert": {"build", "command_line", "config", "data", "inspection", "places", "training", "weights"},
   "visualization": {"batch", "config", "data", "models", "page"},
   "visualize": {"build", "command_line", "config", "data", "places", "training", "visualization"},
-  "server": {"data", "inference"},
+  "server": {"data", "inference", "terminal"},
   "serve": {"build", "command_line", "config", "inference", "places", "server", "terminal"},
   "terminal": {"command_line", "config", "data", "inference", "places", "training"},
   "generate": {"build", "data", "inference", "terminal"},

@@ -14,7 +14,7 @@ from mllm_jax.server import prompts
 from mllm_jax.server.chat_request import Chat, parse, parse_json
 from mllm_jax.server.connection import read_body, server_sent, until_gone
 from mllm_jax.server.errors import ApiError
-from mllm_jax.server.front import Front, Place
+from mllm_jax.server.front import Front
 from mllm_jax.server.worker import Asked, late
 
 GONE = 499  # counted where the client went away
@@ -64,19 +64,20 @@ class _Reply:
     """Raises ApiError as long as nothing is sent, and ClientDisconnect."""
     request, front = Request(self._scope, self._receive), self._front
     front.authorise(request)
-    with front.place() as place:
-      body = await read_body(request, front.limits.max_body, place.refusal)
-      await until_gone(self._receive, self._answer(body, place))
+    with front.place() as self._place:
+      answering = self._answer(await read_body(request, front.limits.max_body, self._place.refusal))
+      await until_gone(self._receive, answering)
 
-  async def _answer(self, body: bytes, place: Place) -> None:
+  async def _answer(self, body: bytes) -> None:
     front = self._front
     try:
       async with asyncio.timeout_at(self._deadline):
         chat = await front.in_thread(_parse, body, front.model)
-        place.grow_to(len(chat.seeds))
+        self._place.grow_to(len(chat.seeds))
         contents = await front.contents(chat.pictures)
         requests = await front.in_thread(prompts.requests, front.processor, chat, contents, front.limits)
-        del body, contents
+        stream, include_usage = chat.stream, chat.include_usage
+        del body, chat, contents  # many megabytes, while the answer may take minutes
     except TimeoutError:
       raise late() from None
     front.metrics.tokens["prompt"] += requests[0].prompt_tokens
@@ -84,7 +85,7 @@ class _Reply:
     with front.worker.ask(requests) as asked:
       try:
         async with asyncio.timeout_at(self._deadline + PARTING_SECONDS):
-          await (self._stream(asked, chat.include_usage) if chat.stream else self._whole(asked))
+          await (self._stream(asked, include_usage) if stream else self._whole(asked))
       except TimeoutError:
         raise ClientDisconnect from None  # it does not read what it is sent
     front.metrics.total.add(time.monotonic() - self._begun)
@@ -95,6 +96,7 @@ class _Reply:
       self._note(event)
       if event.answer is not None:
         answers[number] = event.answer
+    self._place.give_back()  # before the client knows: its next request shall not find its own place still taken
     choices = [
       {
         "index": number,
@@ -138,6 +140,7 @@ class _Reply:
         deltas.append(({}, event.answer.finish_reason))
       for delta, reason in deltas:
         yield head | {"choices": [{"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}]} | more
+    self._place.give_back()
     if include_usage:
       yield head | {"choices": [], "usage": _usage(asked, answers)}
     yield "[DONE]"

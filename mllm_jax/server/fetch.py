@@ -87,6 +87,7 @@ def _checked(url: str, allowed: tuple[Origin, ...]) -> tuple[Origin, str]:
 def _get(where: Origin, path: str, max_bytes: int, deadline: float) -> tuple[bytes, str]:
   """(content, where it has moved to)."""
   connection = http.client.HTTPConnection(where.host, where.port)
+  connection.default_port = PORTS[where.scheme]  # which is not written behind the host's name
   connection.sock = _connect(where, deadline)
   # A timeout of a socket starts anew with each byte; this one does not.
   watch = threading.Timer(max(deadline - time.monotonic(), 0), _hang_up, [connection.sock])

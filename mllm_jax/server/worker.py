@@ -93,11 +93,10 @@ class Worker(threading.Thread):
     for asked in self._open:
       asked.queue.put_nowait(error)
 
-  def stop(self, seconds: float) -> bool:
-    """Ends the thread; False if it has not within `seconds`, such as in the middle of a compilation."""
+  def stop(self, seconds: float) -> None:
+    """Ends the thread, but waits no longer than this: it may be in the middle of a compilation."""
     self._commands.put(None)
     self.join(seconds)
-    return not self.is_alive()
 
   def _deliver(self, items: Sequence[tuple[Asked, int, Event]]) -> None:
     for asked, number, event in items:

@@ -20,6 +20,7 @@ from mllm_jax.config import VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.aspects import Slices
 from mllm_jax.data.processor import Processor
+from mllm_jax.server import lifetime
 from mllm_jax.server.front import Front
 from mllm_jax.server.limits import Limits
 from mllm_jax.server.pictures import Source
@@ -46,7 +47,7 @@ def running(processor, engine=None, *, grace=5.0, source=None, api_key="", **lim
   made = Limits(engine.rows, engine.max_length, **limits)
   front = Front(engine, processor, "tiny", made, source or Source(made.max_body), api_key)
   bound = serve.listener("127.0.0.1", 0)
-  thread = threading.Thread(target=serve.run, args=(front, bound, grace))
+  thread = threading.Thread(target=lifetime.run, args=(front, bound, grace))
   thread.start()
   try:
     wait_for(lambda: listening(bound))

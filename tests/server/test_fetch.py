@@ -116,6 +116,13 @@ def test_what_is_not_fetched(host, allowed, path, message):
     fetch.fetch(url_of(host, path), allowed, 1000)
 
 
+def test_a_host_without_a_certificate_is_not_asked(host, monkeypatch):
+  monkeypatch.setattr(fetch, "is_public", lambda address: True)
+  with pytest.raises(FetchError, match="cannot be reached"):
+    fetch.fetch(url_of(host, "/picture").replace("http:", "https:"), (origin(f"127.0.0.1:{host.server_port}"),), 100)
+  assert host.asked == []
+
+
 def test_more_bytes_than_allowed(host, allowed):
   with pytest.raises(FetchError, match="more than 6 bytes"):
     fetch.fetch(url_of(host, "/picture"), allowed, 6)

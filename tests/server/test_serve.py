@@ -100,6 +100,11 @@ def test_a_mistyped_line_is_answered_before_anything_heavy(arguments, named, tmp
   assert caught.value.code == 2 and named in message and message.count("\n") == 1
 
 
+def test_small_pieces_are_sent_without_delay():
+  with serve.listener("127.0.0.1", 0) as bound:
+    assert bound.proto == socket.IPPROTO_TCP  # what asyncio looks at before it turns Nagle's algorithm off
+
+
 def test_a_port_that_there_is_not(tmp_path, capsys):
   for port in ("70000", "-1"):
     with contextlib.suppress(SystemExit):
