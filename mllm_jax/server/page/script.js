@@ -2,7 +2,8 @@
 const body = document.body
 const find = (id) => document.getElementById(id)
 const [log, welcome, tray, question, composer] = ["log", "welcome", "tray", "question", "composer"].map(find)
-const [send, stop, file, temperature, maxTokens, key] = ["send", "stop", "file", "temperature", "max-tokens", "key"].map(find)
+const [send, stop, file] = ["send", "stop", "file"].map(find)
+const [temperature, maxTokens, key] = ["temperature", "max-tokens", "key"].map(find)
 const number = new Intl.NumberFormat("en")
 let messages = []
 let attached = []
@@ -90,7 +91,7 @@ async function attach(files) {
       refresh()
       question.focus()
     }
-    picture.card.append(remove)
+    picture.card.firstChild.append(remove)
     tray.append(picture.card)
     refresh()
     measure(picture)
@@ -114,7 +115,7 @@ async function measure(picture) {
 function figure(picture) {
   const image = element("img", { src: picture.url, alt: picture.name })
   const card = element("figure", {}, element("div", { className: "stage" }, image), element("figcaption"))
-  card.firstChild.style.aspectRatio = "4 / 3"
+  card.firstChild.style.setProperty("--ratio", 4 / 3)
   image.style.cssText = "inset:0; width:100%; height:100%; object-fit:contain"
   if (picture.plan) show(card, picture)
   return card
@@ -125,7 +126,7 @@ function show(card, { plan, name }) {
   const [stage, caption] = [card.querySelector(".stage"), card.querySelector("figcaption")]
   const [x, y, width, height] = plan.frame
   const part = (length, whole) => `${(100 * length) / whole}%`
-  stage.style.aspectRatio = `${Math.max(width, height / 4)} / ${Math.max(height, width / 4)}`
+  stage.style.setProperty("--ratio", Math.min(Math.max(width / height, 1 / 4), 4))
   const image = stage.querySelector("img")
   image.style.cssText = ""
   Object.assign(image.style, {
@@ -145,7 +146,8 @@ function show(card, { plan, name }) {
   }
   const cut = slices ? `${plan.columns} × ${plan.rows} slices and the whole` : "seen whole"
   const tokens = element("b", { textContent: `${number.format(plan.visual_tokens)} visual tokens` })
-  caption.replaceChildren(tokens, ` · ${cut} · ${number.format(plan.width)} × ${number.format(plan.height)} pixels`)
+  const size = `${number.format(plan.width)}\u00a0×\u00a0${number.format(plan.height)}\u00a0pixels`
+  caption.replaceChildren(tokens, ` · ${cut} · ${size}`)
   stage.querySelector("img").alt = `${name}, ${cut}`
 }
 
@@ -190,7 +192,8 @@ async function ask(text, pictures) {
   let answer = "", first = 0, usage = null, reason = ""
   const told = () => {
     const seconds = (performance.now() - begun) / 1000
-    const known = usage && [`${number.format(usage.prompt_tokens)} tokens asked`, `${number.format(usage.completion_tokens)} answered`]
+    const tokens = (count, what) => `${number.format(count)} ${what}`
+    const known = usage && [tokens(usage.prompt_tokens, "tokens asked"), tokens(usage.completion_tokens, "answered")]
     const ends = { length: "cut off at the longest answer", stopped: "stopped" }[reason]
     const times = [first && `first after ${(first / 1000).toFixed(1)} s`, `${seconds.toFixed(1)} s in all`]
     facts.textContent = [...(known ?? []), ...times, ends].filter(Boolean).join(" · ")
