@@ -54,7 +54,9 @@ def page(browser, served):
 def test_a_dropped_picture_is_cut_asked_about_and_answered(page, processor):
   page.evaluate(DROP, [base64.b64encode(PICTURE).decode(), "drop"])
   page.wait_for_selector("#tray b")
-  assert page.inner_text("#tray figcaption").startswith("28 visual tokens · 3 × 2 slices and the whole · 180\u00a0×\u00a080")
+  assert page.inner_text("#tray figcaption").startswith(
+    "28 visual tokens · 3 × 2 slices and the whole · 180\u00a0×\u00a080"
+  )
   assert page.locator("#tray .badge").all_inner_texts() == ["1", "2", "3", "4", "5", "6"]
   assert page.locator("#tray .cut").count() == 3
   page.keyboard.type("what is it")  # the question has the focus
