@@ -1,5 +1,4 @@
-"""LLaVA-SP with cropping and DFI on CLIP-L/14-336 and Llama-3.1-8B: a decoder that the paper leaves to future
-work.
+"""LLaVA-SP with cropping and DFI on CLIP-L/14-336 and Llama-3.1-8B: a decoder that the paper leaves to future work.
 
   python -m mllm_jax.train --config=configs/sp_llama3.py --workdir=runs/sp_llama3
 

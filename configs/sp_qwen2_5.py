@@ -1,5 +1,4 @@
-"""LLaVA-SP with cropping and DFI on CLIP-L/14-336 and Qwen2.5-7B: a decoder that the paper leaves to future
-work.
+"""LLaVA-SP with cropping and DFI on CLIP-L/14-336 and Qwen2.5-7B: a decoder that the paper leaves to future work.
 
   python -m mllm_jax.train --config=configs/sp_qwen2_5.py --workdir=runs/sp_qwen2_5
 

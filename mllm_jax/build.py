@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mllm_jax import parameters, places, sharding
 from mllm_jax.config import (
   ANY_ASPECT,
+  SHUFFLED,
   Config,
   ConfigError,
   DataConfig,
@@ -28,8 +29,8 @@ from mllm_jax.config import (
   VisionConfig,
   from_dict,
 )
-from mllm_jax.data import slices
-from mllm_jax.data.aspects import Anyres, Aspect, Slices, Square
+from mllm_jax.data import dynamic_tiles, slices
+from mllm_jax.data.aspects import Anyres, Aspect, Slices, Square, Tiles
 from mllm_jax.data.chat import VOCABULARY_FILES, ChatTokenizer, load_tokenizer
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
@@ -42,11 +43,12 @@ from mllm_jax.weights.quantize import KERNELS, SCALES, Int8, Rounded
 from mllm_jax.weights.recognise import Found, Part, recognise
 from mllm_jax.weights.tensors import Cast, Chosen, InMemory, Joined
 
-IMAGE_ASPECTS = ("pad", "anyres", "slices")
+IMAGE_ASPECTS = ("pad", "anyres", "tiles", "slices")
 STAGES = ("pretrain", "finetune")
 RUN_CONFIG = "config.json"  # in the folder of a training run
 FINISHED_MODEL = "model"  # where a run leaves its finished model
 DEFAULT_LENGTH = DataConfig().max_length
+INTERNVL_TILES, INTERNVL_LENGTH = 12, 8192  # of an image at most, and places of a conversation, as InternVL 2 is asked
 
 
 # ---- for the trainer -------------------------------------------------------------------------------------------------
@@ -120,14 +122,23 @@ def make_aspect(model: ModelConfig, tokenizer: ChatTokenizer, data: DataConfig) 
     if not projector.image_newline:
       raise ConfigError("data.image_aspect=anyres needs model.projector.image_newline=True")
     return Anyres(model.vision, tokens)
+  if data.image_aspect in ("tiles", "slices") and data.max_slices < 1:
+    raise ConfigError(
+      f"data.max_slices={data.max_slices}: 1 takes the whole image only, 6 is LLaVA-UHD's, 12 InternVL's"
+    )
+  if data.image_aspect == "tiles":
+    if projector.any_aspect:
+      raise ConfigError(
+        f"data.image_aspect=tiles is for square crops; model.projector.kind={projector.kind} has slices"
+      )
+    marks = [tokenizer.specials.get(mark) for mark in (dynamic_tiles.START, dynamic_tiles.END)]
+    return Tiles(model.vision, tokens, data.max_slices, () if None in marks else tuple(marks))
   if data.image_aspect == "slices":
     if not projector.any_aspect:
       raise ConfigError(
         f"data.image_aspect=slices needs a projector that takes images of any shape ({', '.join(ANY_ASPECT)}), and "
         f"model.projector.kind is {projector.kind!r}"
       )
-    if data.max_slices < 1:
-      raise ConfigError(f"data.max_slices={data.max_slices}: 1 takes the whole image only, 6 is the paper's")
     separators = _separators(projector, tokenizer)
     return Slices(model.vision, tokens, data.max_slices, projector.organisation, separators)
   return Square(model.vision, tokens)
@@ -396,6 +407,8 @@ def load(
   # A model that takes any shape, or has a token between rows of tiles, was trained so.
   aspect = "slices" if projector.any_aspect else "anyres" if projector.image_newline else "pad"
   data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH, image_aspect=aspect)
+  if projector.kind in SHUFFLED:
+    data = dataclasses.replace(data, image_aspect="tiles", max_slices=INTERNVL_TILES, max_length=INTERNVL_LENGTH)
   return model, make_processor(model.config, stored.tokenizer, data)
 
 

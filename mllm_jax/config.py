@@ -16,6 +16,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's preprocessing, 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SHUFFLED = ("pixel_shuffle", "spatial_shuffle")  # the projectors that put four patches into a token
 ANY_ASPECT = ("hiwin", "uhd_v1", "mlp144")  # the projectors that take images of any shape
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -37,6 +38,8 @@ class VisionConfig:
   patch_bias: a bias on the patch embedding.
   pre_norm: a layer norm between the embeddings and the first layer.
   SigLIP (Zhai et al. 2023) is without the first, with the second and without the third.
+  layer_scale: learned factors for each channel on what attention and MLP add (Touvron et al. 2021); InternViT (Chen et
+    al. 2024) has them, the first and the second, and is taken at its last layer.
   """
 
   image_size: int = 336
@@ -51,6 +54,7 @@ class VisionConfig:
   class_token: bool = True
   patch_bias: bool = False
   pre_norm: bool = True
+  layer_scale: bool = False
   mean: tuple[float, ...] = CLIP_MEAN
   std: tuple[float, ...] = CLIP_STD
 
@@ -119,7 +123,9 @@ class ProjectorConfig:
   """From patch features to visual tokens.
 
   kind: "spatial" (LLaVA-SP: spatial tokens, then patch tokens) or "mlp2x_gelu" (LLaVA-1.5: patch tokens only); for
-    images of any shape "hiwin" (LLaVA-UHD v2), "uhd_v1" (the resampler of its predecessor) or "mlp144".
+    images of any shape "hiwin" (LLaVA-UHD v2), "uhd_v1" (the resampler of its predecessor) or "mlp144"; for tiles
+    "pixel_shuffle" (InternVL: a token for 2 x 2 patches) or "spatial_shuffle" (spatial tokens of the tile's patches,
+    then those).
   sfe: what LLaVA-SP's spatial tokens are made by: a "convolution" of each map, or in its ablations a "transformer" for
     each map (table 3) or sliding "windows" instead of maps (table 5); or by a "factorised" convolution, which is light.
   maps: "cropping" (centre crops that grow to the whole map) or "pooling" (the whole map, pooled to growing sizes).
@@ -261,8 +267,8 @@ class DataConfig:
   template: str = "vicuna_v1"  # or another of data/templates.py, such as "plain", "chatml", "llava_llama_3", "jinja"
   max_length: int = 2048
   max_images: int = 1
-  image_aspect: str = "pad"  # to a square; "anyres": LLaVA-1.6's tiles, up to five crops; "slices": LLaVA-UHD's
-  max_slices: int = 6  # of "slices": an image is up to so many, and one crop more for the whole; 1: only the whole
+  image_aspect: str = "pad"  # or "anyres" (LLaVA-1.6's tiles), "tiles" (InternVL's), "slices" (LLaVA-UHD's)
+  max_slices: int = 6  # of "slices" and "tiles": so many at most, and one crop more for the whole; 1: only the whole
   mix: tuple[tuple[str, str, str], ...] = ()
   on_bad_sample: str = "error"  # or "skip", "replace"
   max_bad_share: float = 0.01

@@ -19,6 +19,7 @@ from mllm_jax.batch import Batch
 from mllm_jax.config import ModelConfig, ProjectorConfig, VdimStage, VisionConfig
 from mllm_jax.models.projectors.hiwin import QUERY_SETS
 from mllm_jax.models.projectors.maps import map_sizes, spatial_tokens
+from mllm_jax.models.projectors.pixel_shuffle import SIDE as SHUFFLED_SIDE
 from mllm_jax.models.projectors.sfe_transformer import LAYERS
 from mllm_jax.models.projectors.spatial import DFI_STRIDE
 from mllm_jax.models.projectors.vdim import KEY_WIDTH, TAPS
@@ -88,6 +89,7 @@ ROWS = (
   (r"projector/head/kernel", BEHIND, lambda s: s.crops * s.spatial),
   (r"projector/(patch_mlp/)?fc1/kernel", FEATURES, lambda s: s.patches),
   (r"projector/(patch_mlp/)?fc2/kernel", BEHIND, lambda s: s.patches),
+  (r"projector/(patch_mlp/)?(in|out)_proj/kernel", BEHIND, lambda s: s.patches / SHUFFLED_SIDE**2),
   (r"projector/resampler/fc[12]/kernel", BEHIND, lambda s: s.crops * s.windows),
   (r"projector/resampler/(attention/)?q_proj/kernel", BEHIND, lambda s: s.passes * s.sets * s.windows),
   (r"projector/resampler/(attention/)?k_proj/kernel", BEHIND, lambda s: s.passes * (s.folded + s.windows)),
@@ -103,7 +105,7 @@ class _Sizes:
   def __init__(self, projector: ProjectorConfig, vision: VisionConfig, work: Work):
     self.crops, self.patches, self.passes = work.crops, work.patches, work.passes
     self.maps = []  # cells of each map that a transformer looks at
-    if projector.kind == "spatial":
+    if projector.kind in ("spatial", "spatial_shuffle"):
       self.spatial = spatial_tokens(projector, vision.grid)
       if projector.sfe == "transformer":
         self.maps = [size**2 for size in map_sizes(projector, vision.grid)]

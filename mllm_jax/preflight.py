@@ -195,7 +195,7 @@ def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processe
   if stage.data.max_length < 2 or stage.data.max_images < 1:
     raise ConfigError(f"{name}.data.max_length={stage.data.max_length} must be 2 or more, and max_images 1 or more")
   crops = 1 if stage.data.max_slices == 1 else 1 + stage.data.max_slices
-  if stage.data.image_aspect == "slices" and stage.data.max_images < crops:
+  if stage.data.image_aspect in ("slices", "tiles") and stage.data.max_images < crops:
     raise ConfigError(
       f"{name}.data.max_images={stage.data.max_images} crops have no room for an image, which is up to {crops} with "
       f"max_slices={stage.data.max_slices}"

@@ -32,6 +32,7 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"decoder/head", P("fsdp", "tensor")),
   (r"vision/patch_embedding/kernel", P(None, "fsdp")),
   (r"vision/(class|position)_embedding", P()),
+  (r"vision/layers/(attention|mlp)_scale", P()),
   # Over both axes along the input channels: the few spatial tokens they give stay whole (see rows_only). DFI's own
   # layers are small, and are not sharded for the same reason.
   (r"projector/(sfe/(kernels|depthwise)/\d+|sfe/kernel|dfi/kernel)", P(None, None, ("fsdp", "tensor"), None)),
@@ -41,6 +42,7 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"projector/sfe/.*/layers/.*(q_proj|k_proj|v_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
   (r"projector/sfe/.*/layers/.*(out_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
   (r"projector/(.*/)?(head|fc1|fc2)/kernel", P("fsdp", "tensor")),
+  (r"projector/(patch_mlp/)?(in|out)_proj/kernel", P("fsdp", "tensor")),
   (r"projector/image_newline", P()),
   # VDIM is a million parameters, and stays whole like its maps (see rows_only); a deconvolution's kernel is [C, 4 C].
   (r"projector/pyramid/(stages/\d+/(range_proj|fixup)|fixup_proj)/\d+/kernel", P()),

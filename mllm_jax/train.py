@@ -210,12 +210,11 @@ def evaluate(run, model, processor, step: int) -> None:
 
   from tqdm import tqdm
 
-  from mllm_jax import sharding
   from mllm_jax.data.records import Records
   from mllm_jax.inference.engine import Engine
   from mllm_jax.inference.evaluate import exact_match
 
-  config, shards = run.config.evaluation, sharding.batch_shards(run.mesh)
+  config = run.config.evaluation
   asker = copy.copy(processor)
   asker.template = run.config.finetune.data.template  # stage 1 has no questions of its own
   with distributed.agreed("held-out questions"):
@@ -229,10 +228,9 @@ def evaluate(run, model, processor, step: int) -> None:
       bar.update(answered - bar.n)
 
     result = exact_match(
-      Engine(model, asker.end_id, mesh=run.mesh),
+      Engine(model, asker, rows=config.batch_size, mesh=run.mesh),
       asker,
       records,
-      batch_size=-(-config.batch_size // shards) * shards,
       max_new_tokens=config.max_new_tokens,
       blank=config.blank,
       progress=progress,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from mllm_jax.command_line import Parser
-from mllm_jax.config import ConfigError, ModelConfig
+from mllm_jax.config import SHUFFLED, ConfigError, ModelConfig
 from mllm_jax.data import images
 from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
@@ -78,6 +78,7 @@ def visualize(args: argparse.Namespace) -> None:
     raise DataError(f"--image {args.image}: cannot be read as a picture; save it again as PNG or JPEG") from error
 
   from mllm_jax.build import load
+  from mllm_jax.models.projectors.pixel_shuffle import SIDE
   from mllm_jax.visualization import crops, page, spatial, uhd
 
   start = time.perf_counter()
@@ -86,13 +87,14 @@ def visualize(args: argparse.Namespace) -> None:
   aspect, kind = processor.aspect, model.config.projector.kind
   pieces, places = aspect.crops(picture), aspect.places(*picture.size)
   crop = crops.encode(model, pieces, args.crop)
-  patches = model.config.vision.grid**2
-  before = aspect.tokens_per_crop - patches if kind == "spatial" else 0
+  spatial_tokens = kind in ("spatial", "spatial_shuffle")
+  patch_tokens = model.config.vision.grid**2 // (SIDE**2 if kind in SHUFFLED else 1)
+  before = aspect.tokens_per_crop - patch_tokens if spatial_tokens else 0
   sections = [crops.slicing(pieces, aspect, picture.size), crops.layout(places, aspect, len(pieces), before)]
   if model.config.projector.any_aspect:
     sections += uhd.sections(model, crop)
   else:
-    sections += spatial.sections(model, crop) if kind == "spatial" else [crops.features(crop)]
+    sections += spatial.sections(model, crop) if spatial_tokens else [crops.features(crop)]
   facts = {
     "model": args.model,
     "image": args.image,
@@ -109,8 +111,11 @@ def describe(config: ModelConfig) -> str:
   projector = config.projector
   if projector.kind == "mlp2x_gelu":
     return "LLaVA-1.5, an MLP"
-  if projector.kind == "spatial":
-    return f"LLaVA-SP, {projector.variant}" + (", with detail features" if projector.dfi_kernel else "")
+  if projector.kind == "pixel_shuffle":
+    return "InternVL, a pixel shuffle and an MLP"
+  if projector.kind in ("spatial", "spatial_shuffle"):
+    name = "LLaVA-SP" if projector.kind == "spatial" else "InternVL-SP"
+    return f"{name}, {projector.variant}" + (", with detail features" if projector.dfi_kernel else "")
   names = {"hiwin": "LLaVA-UHD v2", "uhd_v1": "LLaVA-UHD v1's resampler", "mlp144": "an MLP on resized levels"}
   name = names[projector.kind]
   return name if projector.kind == "uhd_v1" else f"{name}, pyramid: {projector.pyramid}"

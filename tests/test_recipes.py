@@ -37,6 +37,16 @@ def sp_projector(width: int, vision: int = 1024, conv: int = 512) -> int:
   return kernels * vision * conv + dfi + 2 * conv * width + width + vision * width + width + width**2 + width
 
 
+def internvl_projector(
+  spatial: bool, biased: bool = False, width: int = 896, vision: int = 1024, conv: int = 512
+) -> int:
+  """Parameters of InternVL's MLP, with LLaVA-SP's tokens of maps of 4 x 4, 8 x 8, ..., 32 x 32 patches in front."""
+  mlp = 2 * 4 * vision + 4 * vision * width + width + width**2 + width
+  kernels = sum(size**2 for size in range(4, 33, 4)) + 16**2
+  head = 2 * conv * width + biased * width
+  return mlp + spatial * (kernels * vision * conv + 3 * (2 * conv + conv**2 + conv) + head)
+
+
 PROJECTOR = {
   "llava15": 20_979_712,
   "sp_cropping": 923_550_208,
@@ -52,6 +62,9 @@ PROJECTOR = {
   "sp_siglip_cropping": 923_550_208,
   "sp_siglip_pooling": 923_546_112,
   "sp_siglip_baseline": 20_979_712,
+  "internvl2": internvl_projector(spatial=False),
+  "internvl2_sp_cropping": internvl_projector(spatial=True, biased=True),
+  "internvl2_sp_pooling": internvl_projector(spatial=True),
   "uhd_v1": uhd_v1_projector(4096),
   "uhd_v2": uhd_projector(4096),
   "uhd_v2_qwen2": uhd_projector(3584),
@@ -62,13 +75,19 @@ DECODERS = {  # parameters, those of the paper's adapters, template, repository
   "sp_qwen2_5": (QWEN2_7B, 322_961_408, "qwen2_5", "Qwen/Qwen2.5-7B-Instruct"),
   "sp_mistral": (7_241_732_096, 335_544_320, "mistral_instruct", "mistralai/Mistral-7B-Instruct-v0.1"),
   "sp_llama3": (8_030_261_248, 335_544_320, "llava_llama_3", "meta-llama/Llama-3.1-8B-Instruct"),
+  **dict.fromkeys(
+    ("internvl2", "internvl2_sp_cropping", "internvl2_sp_pooling"),
+    (494_032_768, 70_385_664, "internvl2", "Qwen/Qwen2-0.5B-Instruct"),
+  ),
   "uhd_v2_qwen2": (QWEN2_7B, 0, "chatml", "Qwen/Qwen2-7B-Instruct"),
 }
-LLAVA = [path for path in RECIPES if not path.stem.startswith("uhd")]
+INTERNVL = [path for path in RECIPES if path.stem.startswith("internvl")]
+LLAVA = [path for path in RECIPES if not path.stem.startswith("uhd") and path not in INTERNVL]
 UHD = [path for path in RECIPES if path.stem.startswith("uhd")]
 CLIP_L = 290_909_184  # CLIP-L/14-336 without its last layer and post-norm: 23 layers
 # SigLIP-L/16-384's patches are larger and have a bias, its table is one place shorter, and there is no first norm.
 SIGLIP_L = CLIP_L + 1024 * (3 * (16**2 - 14**2) + 1 - 1 - 1 - 2)
+INTERNVIT_300M = 304_012_288
 VICUNA = {"7b": 6_738_415_616, "13b": 13_015_864_320}
 
 
@@ -86,7 +105,16 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
 
 # The demos have towers and a decoder of their own: with others at full size they are those of other recipes. The
 # stages of LLaVA-SP's ablations are sp_cropping's, so that the last, which trains more, stands for both.
-SAME_DEMO = (*DECODERS, "sp_siglip_cropping", "sp_siglip_pooling", "sp_siglip_baseline", "sp_pooling_transformer")
+SAME_DEMO = (
+  "sp_qwen2_5",
+  "sp_mistral",
+  "sp_llama3",
+  "uhd_v2_qwen2",
+  "sp_siglip_cropping",
+  "sp_siglip_pooling",
+  "sp_siglip_baseline",
+  "sp_pooling_transformer",
+)
 ONE_STAGE = ("transformer", "light", "windows", "conv49", "siglip")
 TRACED = [(path, variant) for path in RECIPES for variant in ("", "demo") if not (variant and path.stem in SAME_DEMO)]
 
@@ -105,11 +133,12 @@ def test_both_stages_trace_at_full_size(path, variant):
     model, flat = build.architecture(config.model, stage.lora), step.flat
     if not variant:
       assert count(flat, "projector/") == PROJECTOR[path.stem]
-      assert count(flat, "vision/") == (SIGLIP_L if "siglip" in path.stem else CLIP_L)
+      expected = INTERNVIT_300M if path in INTERNVL else SIGLIP_L if "siglip" in path.stem else CLIP_L
+      assert count(flat, "vision/") == expected
       decoder, adapters, *_ = DECODERS.get(path.stem, DECODERS["vicuna"])
       assert count(flat, "decoder/", without="/lora/") == decoder
       assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (
-        adapters if name == "finetune" and path in LLAVA else 0
+        adapters if name == "finetune" and path in LLAVA + INTERNVL else 0
       )
     assert_traces(step)
     assert stage.data.max_length > projectors.tokens_per_crop(model)
@@ -201,6 +230,19 @@ def test_the_hyper_parameters_of_llava_uhd(path):
     load(path, "demos")
 
 
+@pytest.mark.parametrize("path", INTERNVL, ids=lambda path: path.stem)
+def test_internvl_has_the_papers_rates_and_its_own_tiles(path):
+  config = load(path)
+  assert dict(config.pretrain.parameters)["projector/.*"] == 1e-3
+  assert sorted(rate for _, rate in config.finetune.parameters if rate) == [2e-5, 2e-4]
+  data = config.finetune.data
+  assert (data.image_aspect, data.max_slices, data.max_images, data.template) == ("tiles", 12, 13, "internvl2")
+  tokens = projectors.tokens_per_crop(build.architecture(config.model, config.finetune.lora))
+  assert tokens == 256 + (8 if "sp" in path.stem else 0) and 13 * tokens < data.max_length
+  with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
+    load(path, "demos")
+
+
 @pytest.mark.parametrize("path", LLAVA, ids=lambda path: path.stem)
 def test_the_papers_hyper_parameters(path):
   config = load(path)
@@ -240,6 +282,8 @@ def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
   for words in (
     "hf download google/siglip-large-patch16-384 --local-dir weights/siglip-large-patch16-384"
     if "siglip" in path.stem
+    else "hf download OpenGVLab/InternViT-300M-448px --local-dir weights/internvit-300m-448px"
+    if path in INTERNVL
     else "hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
     f"hf download {DECODERS.get(path.stem, DECODERS['vicuna'])[3]} --local-dir {load(path).model.llm}",
     f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",

@@ -6,6 +6,7 @@ import sys
 NAMES = {
   "convert": "importing weights against `cp`, and the memory of importing and loading",
   "data": "samples a second, from files to batches, against a PyTorch DataLoader",
+  "decode": "tokens a second of answers, against transformers' generate",
   "hiwin": "Hiwin attention, forward and backward, against the released arithmetic in PyTorch",
   "step": "host time of a training step at 7B's number of arrays, layers stacked and not",
   "vdim": "VDIM's 4x stack, forward and backward, against the released arithmetic in PyTorch",

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.config import VisionConfig
-from mllm_jax.data import images, slices, tiles
+from mllm_jax.data import dynamic_tiles, images, slices, tiles
 
 
 class Places(NamedTuple):
@@ -113,6 +113,49 @@ class Anyres:
 
   def crops(self, image: Image.Image) -> list[np.ndarray]:
     return list(tiles.crop(image, self.vision))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Square tiles in a grid of nearly the image's shape, and the whole image after them: InternVL.
+
+  frame: token ids before and after an image's tokens; () for none.
+  """
+
+  vision: VisionConfig
+  tokens_per_crop: int
+  max_tiles: int
+  frame: tuple[int, ...]
+  whole: int = -1
+  by_size: bool = True
+
+  @property
+  def patches(self) -> int:
+    return self.vision.grid**2
+
+  @property
+  def most_crops(self) -> int:
+    return 1 if self.max_tiles == 1 else 1 + self.max_tiles
+
+  def tiling(self, width: int, height: int) -> tuple[int, int]:
+    grid = dynamic_tiles.best_grid(width, height, self.vision.image_size, self.max_tiles)
+    return (0, 0) if grid == (1, 1) else grid
+
+  def crops_of(self, width: int, height: int) -> int:
+    return dynamic_tiles.crops_of(width, height, self.vision, self.max_tiles)
+
+  def places_of(self, width: int, height: int) -> int:
+    return self.crops_of(width, height) * self.tokens_per_crop + len(self.frame)
+
+  def places(self, width: int, height: int) -> Places:
+    rows = np.arange(self.crops_of(width, height) * self.tokens_per_crop, dtype=np.int32)
+    if not self.frame:
+      return _table_only(rows)
+    start, end = self.frame
+    return Places(np.pad(rows, 1, constant_values=-1), np.pad(np.zeros_like(rows), 1, constant_values=(start, end)))
+
+  def crops(self, image: Image.Image) -> list[np.ndarray]:
+    return dynamic_tiles.crop(image, self.vision, self.max_tiles)
 
 
 @dataclasses.dataclass(frozen=True)

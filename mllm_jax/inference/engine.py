@@ -1,185 +1,317 @@
-"""Engine: answers to prompts, a whole batch in one compiled function or one row token by token."""
+"""Engine: answers to requests, many at once, each as if it were alone."""
 
-import dataclasses
-import functools
-from collections.abc import Iterator
+import collections
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from mllm_jax import sharding
-from mllm_jax.batch import Batch
-from mllm_jax.inference.sampling import sample
-from mllm_jax.inference.settings import GREEDY, Sampling
-from mllm_jax.models.decoder import KVCache
+from mllm_jax.data.processor import Processor, Row, pad_row
+from mllm_jax.inference.features import FeatureCache, digests
+from mllm_jax.inference.programs import parameters_of
+from mllm_jax.inference.requests import Answer, Event, Request
+from mllm_jax.inference.running import Running
+from mllm_jax.inference.sampling import Draws
+from mllm_jax.inference.settings import GREEDY
+from mllm_jax.models import lora
 from mllm_jax.models.mllm import Mllm
+
+GROUPS = (1, 4, 16)  # how many prompts are read, or crops looked at, together
+# Places that a prompt is read in, of which few of a long one may be padding, and places of the cache.
+PROMPT_PLACES = (64, 128, 256, 384, *(2**i * half // 2 for i in range(9, 30) for half in (2, 3)))
+CACHE_PLACES = tuple(2**i for i in range(7, 31))
 
 
 class Engine:
-  """A model that answers.
+  """A model that answers. Not thread-safe: one thread owns it.
 
-  Batches are prompts as `data.processor.Processor.prompt` makes them: one conversation a row, padded on the right. An
-  answer depends neither on the padding nor on the other rows; in low precision only up to rounding, since other
-  shapes may add in another order.
+  Requests wait until rows of the KV cache are free, are read in, and then get a token each at every step, whatever
+  their settings. An answer depends on its own request alone; in float32 its tokens are the same in any company, in
+  lower precision up to rounding, since other shapes may add in another order. The cache grows and shrinks with what
+  runs, in a few sizes, each compiled once. Adapters are folded into their kernels, unless those are int8.
 
   Args:
     model: its arrays may be spread over devices.
-    eos_id: the token that ends an answer.
-    mesh: where rows are split over the batch axes of `mllm_jax.sharding`; None leaves the batch on the default device.
+    processor: decodes, and knows which tokens end an answer: the template's and the tokenizer's own.
+    rows: requests answered at once; a request with beams takes a row for each.
+    max_length: places of a row, for prompt and answer together; None: `processor.max_length` for `warm_up`, and no
+      limit otherwise.
+    mesh: where rows are split over the batch axes of `mllm_jax.sharding`, which makes `rows` a multiple of their
+      parts; with several processes each makes the same calls and gets every answer. None: the device of the model.
   """
 
-  def __init__(self, model: Mllm, eos_id: int, *, mesh: Mesh | None = None):
-    self.model = model
-    self.eos_id = eos_id
-    self.mesh = mesh
+  def __init__(
+    self, model: Mllm, processor: Processor, *, rows: int = 8, max_length: int | None = None, mesh: Mesh | None = None
+  ):
+    if rows < 1:
+      raise ValueError(f"rows is {rows}; it must be at least 1")
+    self.mesh = mesh if mesh is not None and mesh.size > 1 else None
+    self._shards = 1 if self.mesh is None else sharding.batch_shards(self.mesh)
+    self.rows = -(-rows // self._shards) * self._shards
+    self.max_length = max_length
+    self.processor = processor
+    self.end_ids = frozenset((processor.end_id, processor.tokenizer.eos_id))
+    if model.config.lora.rank and not model.config.int8_decoder:
+      model = lora.merge(model)
+    self._programs, self._flat, self._decoding = parameters_of(model, self.mesh)
+    self._empty = self._programs.empty(model.decoder, self._decoding[1] is not None)
+    self._cache, self._size = self._empty, (self._shards, 0)
+    # Rows that lie on several devices stay there.
+    self._row_sizes = [4**i for i in range(8) if 4**i < self.rows and self._shards == 1] + [self.rows]
+    self._features = FeatureCache()
+    self._tickets = itertools.count()
+    self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
+    self._running: dict[int, Running] = {}
 
-  def generate(self, batch: Batch, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0) -> list[list[int]]:
-    """The answer to every row: token ids without the end-of-sequence token, at most `max_new_tokens` of them.
+  @property
+  def waiting(self) -> int:
+    """Requests that have no row yet."""
+    return len(self._waiting)
 
-    An answer shorter than that was ended by the model. Compiled once for each (rows, prompt places, max_new_tokens,
-    sampling). With several processes each passes the same whole batch and gets every answer.
+  @property
+  def running(self) -> int:
+    """Requests that are being answered."""
+    return len(self._running)
+
+  def submit(self, request: Request) -> int:
+    """Queues a request; the ticket that its events will bear.
 
     Raises:
-      ValueError: max_new_tokens below 1, a row without a prompt, or rows that the mesh cannot split evenly.
+      ValueError: prompt and answer could take more than max_length places, or there are more beams than rows.
     """
-    batch = self._checked(batch, max_new_tokens)
-    if self.mesh is not None:
-      batch = _split_rows(batch, self.mesh)
-    ids = _generate(
-      self.model,
-      batch,
-      jax.random.key(seed),
-      np.int32(self.eos_id),
-      max_new_tokens=max_new_tokens,
-      sampling=sampling,
-      mesh=self.mesh,
-    )
-    return [_until(row, self.eos_id) for row in np.asarray(ids).tolist()]
+    longest = request.prompt_tokens + request.max_new_tokens
+    if not request.prompt_tokens:
+      raise ValueError("the prompt is empty; a row needs at least one token")
+    if self.max_length is not None and longest > self.max_length:
+      raise ValueError(
+        f"the prompt takes {request.prompt_tokens} places and max_new_tokens is {request.max_new_tokens}, together "
+        f"{longest}; there are {self.max_length}"
+      )
+    if request.beams > self.rows:
+      raise ValueError(f"beams is {request.beams}, and there are {self.rows} rows")
+    ticket = next(self._tickets)
+    self._waiting[ticket] = request
+    return ticket
 
-  def stream(self, batch: Batch, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0) -> Iterator[int]:
-    """The token ids of the answer to a batch of one row, each as soon as it is known; the same ids as `generate` gives.
+  def cancel(self, ticket: int) -> None:
+    """Forgets a request, and frees its rows. Does nothing about one that is finished or was never there."""
+    self._waiting.pop(ticket, None)
+    self._running.pop(ticket, None)
+
+  def step(self) -> list[Event]:
+    """Reads in waiting requests as far as rows are free, then gives all running ones a token. What became of each."""
+    with self._on_mesh():
+      events = self._admit()
+      if self._running:
+        events += self._decode()
+    return events
+
+  def answer(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Answer]:
+    """Answers all requests, in their order; `progress` is told (answered, all) whenever some have been.
 
     Raises:
-      ValueError: as `generate`, and more than one row; raised at the call, before the first token is asked for.
+      ValueError: as `submit`, before any is answered.
+      RuntimeError: other requests are under way.
     """
-    batch = self._checked(batch, max_new_tokens)
-    if len(batch.tokens) != 1:
-      raise ValueError(f"a stream answers one row, and the batch has {len(batch.tokens)}; use generate")
-    return self._stream(batch, max_new_tokens, sampling, jax.random.key(seed))
+    self._idle()
+    order = sorted(range(len(requests)), key=lambda i: -requests[i].prompt_tokens)  # of like length, side by side
+    tickets = {}
+    try:
+      for i in order:
+        tickets[self.submit(requests[i])] = i
+      answers: dict[int, Answer] = {}
+      while self._waiting or self._running:
+        before = len(answers)
+        answers |= {tickets[event.ticket]: event.answer for event in self.step() if event.answer is not None}
+        if progress is not None and len(answers) > before:
+          progress(len(answers), len(requests))
+    finally:
+      for ticket in tickets:
+        self.cancel(ticket)
+    return [answers[i] for i in range(len(requests))]
 
-  def _stream(self, batch: Batch, max_new_tokens: int, sampling: Sampling, key: jax.Array) -> Iterator[int]:
-    state = _start(self.model, batch, key, max_new_tokens=max_new_tokens, sampling=sampling)
-    for step in range(max_new_tokens):
-      if step:
-        state = _advance(self.model, state, key, sampling=sampling)
-      token = int(state.tokens[0])
-      if token == self.eos_id:
-        return
-      yield token
+  def stream(self, request: Request) -> Iterator[Event]:
+    """The events of one request, the last with its answer. Closing the iterator cancels it. Raises as `answer`, at the
+    call."""
+    self._idle()
+    return self._stream(self.submit(request))
 
-  def _checked(self, batch: Batch, max_new_tokens: int) -> Batch:
-    if max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not np.asarray(batch.segment_ids).any(axis=1).all():
-      raise ValueError("a row of the batch is all padding; every row needs a prompt")
-    return batch
+  def _stream(self, ticket: int) -> Iterator[Event]:
+    try:
+      while self._waiting or self._running:
+        yield from self.step()
+    finally:
+      self.cancel(ticket)
 
+  def _idle(self) -> None:
+    if self._waiting or self._running:
+      raise RuntimeError("other requests are under way; submit this one and call step")
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-  """step: int32, tokens chosen before this one. tokens [B]: the last chosen ones. positions [B]: where they belong."""
+  # ---- rows ----------------------------------------------------------------------------------------------------------
 
-  step: jax.Array
-  tokens: jax.Array
-  positions: jax.Array
-  cache: KVCache
+  def _admit(self) -> list[Event]:
+    """Gives waiting requests rows, in their order, as long as there are enough for the next one."""
+    taken = {slot for running in self._running.values() for slot in running.slots}
+    free = [slot for slot in range(self.rows) if slot not in taken]
+    admitted = []
+    while self._waiting and next(iter(self._waiting.values())).beams <= len(free):
+      ticket, request = self._waiting.popitem(last=False)
+      slots, free = free[: request.beams], free[request.beams :]
+      self._running[ticket] = Running(ticket, request, slots, self.processor.tokenizer.decode, self.end_ids)
+      admitted.append(self._running[ticket])
+    if not admitted:
+      return []
+    self._fit()
+    admitted.sort(key=lambda running: running.request.prompt_tokens)
+    return [event for group, size in self._grouped(admitted) for event in self._read(group, size)]
 
-
-def prefill(model: Mllm, batch: Batch, slots: int, mesh: Mesh | None = None) -> tuple[jax.Array, KVCache]:
-  """Reads prompts [B, S] into a new cache of `slots` places; float32 logits [B, V] after each row's last token."""
-  rows, places = batch.tokens.shape
-  decoder = model.decoder
-  cache = _split_cache(KVCache.empty(decoder.config, rows, slots, decoder.dtype), mesh)
-  # The batch says position 0 for padding, which would overwrite the first token's slot. Counted on instead, padding
-  # lies in the slots after the prompt: no prompt token sees them, and a new token overwrites its own.
-  positions = jnp.broadcast_to(jnp.arange(places), (rows, places))
-  embeddings = model.embed(batch.tokens, batch.visual_index, model.visual_tokens(batch.patches, batch.grids))
-  hidden, cache = decoder.extend(embeddings, positions, cache)
-  last = jnp.take_along_axis(hidden, (_lengths(batch) - 1)[:, None, None], axis=1)[:, 0]
-  return decoder.logits(last), cache
-
-
-def decode(model: Mllm, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-  """float32 logits [B, V] after one more token [B] of each row, at that row's own position [B]."""
-  hidden, cache = model.decoder.extend(model.decoder.embed(tokens[:, None]), positions[:, None], cache)
-  return model.decoder.logits(hidden[:, 0]), cache
-
-
-def _first(model, batch, key, max_new_tokens, sampling, mesh=None) -> _State:
-  logits, cache = prefill(model, batch, batch.tokens.shape[1] + max_new_tokens, mesh)
-  tokens = sample(logits, jax.random.fold_in(key, 0), sampling)
-  return _State(jnp.zeros((), jnp.int32), tokens, _lengths(batch), cache)
-
-
-def _next(model, state: _State, key, sampling) -> _State:
-  logits, cache = decode(model, state.tokens, state.positions, state.cache)
-  step = state.step + 1
-  return _State(step, sample(logits, jax.random.fold_in(key, step), sampling), state.positions + 1, cache)
-
-
-# The model is an argument and never closed over: captured arrays would be compiled into the program as constants.
-_start = functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))(_first)
-_advance = functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("state",))(_next)
-
-
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "mesh"))
-def _generate(model, batch, key, eos_id, *, max_new_tokens, sampling, mesh) -> jax.Array:
-  """int32 [B, max_new_tokens]; what follows an end-of-sequence token is end-of-sequence tokens."""
-  state = _first(model, batch, key, max_new_tokens, sampling, mesh)
-  ids = jnp.full((batch.tokens.shape[0], max_new_tokens), eos_id, jnp.int32).at[:, 0].set(state.tokens)
-
-  def unfinished(carry):
-    state, ids, ended = carry
-    return (state.step < max_new_tokens - 1) & ~ended.all()
-
-  def extend(carry):
-    state, ids, ended = carry
-    state = _next(model, state, key, sampling)
-    tokens = jnp.where(ended, eos_id, state.tokens)
-    return state, ids.at[:, state.step].set(tokens), ended | (tokens == eos_id)
-
-  _, ids, _ = jax.lax.while_loop(unfinished, extend, (state, ids, state.tokens == eos_id))
-  return ids if mesh is None else jax.lax.with_sharding_constraint(ids, sharding.replicated(mesh))
-
-
-def _lengths(batch: Batch) -> jax.Array:
-  return (batch.segment_ids > 0).sum(axis=1, dtype=jnp.int32)
-
-
-def _split_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
-  """The cache with its rows where the batch's are; left to itself, the compiler may replicate what a loop carries."""
-  if mesh is None:
-    return cache
-  free = P.UNCONSTRAINED
-  rows = NamedSharding(mesh, P(free, sharding.BATCH_AXES, free, free, free))
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), cache)
-
-
-def _split_rows(batch: Batch, mesh: Mesh) -> Batch:
-  """A host batch, the same in every process, as global arrays with their rows split over the mesh."""
-  shards, rows = sharding.batch_shards(mesh), len(batch.tokens)
-  if rows % shards:
-    raise ValueError(
-      f"a batch of {rows} rows cannot be split over {shards} groups of devices; use a multiple of {shards}"
+  def _fit(self) -> None:
+    """Makes the cache as large as what runs needs, or smaller where it is twice that."""
+    rows = max(slot for running in self._running.values() for slot in running.slots) + 1
+    requests = [running.request for running in self._running.values()]
+    places = max(
+      max(_bucket(each.prompt_tokens, PROMPT_PLACES), each.prompt_tokens + each.max_new_tokens) for each in requests
     )
-  split = NamedSharding(mesh, P(sharding.BATCH_AXES))
-  place = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
-  return jax.tree.map(lambda x: place(np.asarray(x)), batch)
+    needed = _bucket(rows, self._row_sizes), _bucket(places, CACHE_PLACES)
+    size = tuple(need if need > got or 2 * need <= got else got for need, got in zip(needed, self._size))
+    if size != self._size:
+      self._cache, self._size = self._programs.resize(self._cache, *size), size
+
+  def _grouped(self, items: Sequence) -> Iterator[tuple[Sequence, int]]:
+    """(some of the items, rows to work on them in): in few sizes, of which at most a quarter or `shards` is padding."""
+    while items:
+      sizes = [size * self._shards for size in GROUPS]
+      size = next((size for size in reversed(sizes) if 4 * len(items) >= 3 * size), sizes[0])
+      yield items[:size], size
+      items = items[size:]
+
+  def _read(self, group: Sequence[Running], count: int) -> list[Event]:
+    """Reads the prompts of a group, in `count` rows of one shape, and takes their first tokens."""
+    places = _bucket(max(running.request.prompt_tokens for running in group), PROMPT_PLACES)
+    rows = [_trimmed(running.request.row, running.request.prompt_tokens, places) for running in group]
+    rows += rows[-1:] * (count - len(rows))
+    prompts = np.stack([[row.tokens, row.visual_index, row.segment_ids] for row in rows], axis=1).astype(np.int32)
+    slots = np.full(count, self.rows, np.int32)  # nowhere
+    slots[: len(group)] = [running.slots[0] for running in group]
+    settings = [(running.request.sampling, running.request.seed, 0) for running in group]
+    draws = Draws.of(settings + [(GREEDY, 0, 0)] * (count - len(group)))
+    put, features = self._programs.on_devices, self._look(group, count)
+    tokens, candidates, read = self._programs.prefill(
+      self._flat, put(prompts), features, put(draws), candidates=self._candidates(group)
+    )
+    self._cache = self._programs.write(self._cache, read, put(slots))
+    places = [[i] * len(running.slots) for i, running in enumerate(group)]  # all beams begin as the one row
+    return self._take(group, places, tokens, candidates)
+
+  def _look(self, group: Sequence[Running], count: int) -> tuple[jax.Array, ...]:
+    """The visual tokens of the group's crops, as many for every row; those seen before are not looked at again."""
+    known, crops = {}, [digests(running.request.row) for running in group]
+    new = {}
+    for running, of_row in zip(group, crops):
+      for k, digest in enumerate(of_row):
+        known[digest] = self._features.get(digest)
+        if known[digest] is None:
+          new[digest] = running.request.row.patches[k], running.request.row.grids[k]
+    for part, size in self._grouped(list(new.items())):
+      filled = part + part[-1:] * (size - len(part))
+      arrays = self._programs.on_devices(tuple(np.stack(x) for x in zip(*(crop for _, crop in filled))))
+      for (digest, _), tokens in zip(part, self._programs.encode(self._flat, *arrays)):
+        known[digest] = tokens
+        self._features.put(digest, tokens)
+    most = max(map(len, crops))
+    if not most:
+      return ()
+    most = 1 << (most - 1).bit_length()
+    any_tokens = next(iter(known.values()))  # stand where a row has no crop, and nothing refers to them
+    padded = [[known[digest] for digest in of_row] + [any_tokens] * (most - len(of_row)) for of_row in crops]
+    return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(group)))))
+
+  def _decode(self) -> list[Event]:
+    """One more token of every running request."""
+    rows = self._size[0]
+    last = np.zeros((rows, 2), np.int32)  # a free row writes into its first place, which a prompt will overwrite
+    settings = [(GREEDY, 0, 0)] * rows
+    for running in self._running.values():
+      for slot, token in zip(running.slots, running.last):
+        last[slot] = token, running.request.prompt_tokens + running.count - 1
+        settings[slot] = (running.request.sampling, running.request.seed, running.count)
+    inputs = self._programs.on_devices((last, Draws.of(settings)))
+    tokens, candidates, self._cache = self._programs.decode(
+      self._decoding, *inputs, self._cache, candidates=self._candidates(self._running.values())
+    )
+    running = list(self._running.values())
+    return self._take(running, [each.slots for each in running], tokens, candidates)
+
+  def _take(self, running: Sequence[Running], places: Sequence[Sequence[int]], tokens, candidates) -> list[Event]:
+    """Gives requests their next tokens, or their beams' candidates, from these places of what was computed."""
+    tokens, candidates = jax.device_get((tokens, candidates))
+    sources, events = {}, []
+    for each, own in zip(running, places):
+      if each.search is None:
+        events.append(each.take(int(tokens[own[0]])))
+      else:
+        event, parents = each.search_on(*(x[np.array(own)] for x in candidates))
+        events.append(event)
+        beams = each.slots if len(set(own)) > 1 else each.slots[:1] * len(own)
+        sources |= {slot: beams[parent] for slot, parent in zip(each.slots, parents)}
+      if events[-1].answer is not None:
+        del self._running[each.ticket]
+    self._move(sources)
+    return events
+
+  def _move(self, sources: dict[int, int]) -> None:
+    """Copies rows of the cache: {to: from}, the others stay."""
+    if any(to != source for to, source in sources.items()):
+      order = np.array([sources.get(slot, slot) for slot in range(self._size[0])], np.int32)
+      self._cache = self._programs.permute(self._cache, self._programs.on_devices(order))
+
+  def _candidates(self, running) -> int:
+    """How many continuations of each row the widest beam search among these requests looks at."""
+    beams = max((each.request.beams for each in running if each.search is not None), default=0)
+    return beams * (1 + len(self.end_ids))
+
+  def warm_up(self) -> None:
+    """Compiles what requests of up to max_length places need, beams apart, so that none waits for it. Only while
+    nothing runs."""
+    self._idle()
+    longest = self.max_length or self.processor.max_length
+    programs, put = self._programs, self._programs.on_devices
+    aspect = self.processor.aspect
+    crops = np.zeros((1, aspect.patches, aspect.vision.patch_values), np.uint8), np.ones((1, 2), np.int32)
+    draws = lambda count: put(Draws.of([(GREEDY, 0, 0)] * count))
+    sizes = [size * self._shards for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
+    caches = [size for size in CACHE_PLACES if size <= _bucket(longest, CACHE_PLACES)]
+    with self._on_mesh():
+      tokens = {}
+      for count in sizes:
+        tokens[count] = programs.encode(self._flat, *put(tuple(np.repeat(x, count, axis=0) for x in crops)))[0]
+      for places in [size for size in PROMPT_PLACES if size <= _bucket(longest, PROMPT_PLACES)]:
+        for count in sizes:
+          prompts = np.stack(
+            [np.zeros((count, places), np.int32), np.full((count, places), -1), np.ones((count, places))]
+          )
+          prompts = put(prompts.astype(np.int32))
+          for features in ((), (tokens[count],) * count):
+            _, _, read = programs.prefill(self._flat, prompts, features, draws(count), candidates=0)
+          for size in itertools.product(self._row_sizes, [size for size in caches if size >= places]):
+            programs.write(programs.resize(self._empty, *size), read, put(np.full(count, self.rows, np.int32)))
+      for rows, places in itertools.product(self._row_sizes, caches):
+        cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
+        programs.decode(self._decoding, last, draws(rows), cache, candidates=0)
+
+  def _on_mesh(self):
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def _until(ids: list[int], eos_id: int) -> list[int]:
-  return ids[: ids.index(eos_id)] if eos_id in ids else ids
+def _bucket(count: int, sizes: Sequence[int]) -> int:
+  """The first size that holds `count`."""
+  return next(size for size in sizes if size >= count)
+
+
+def _trimmed(row: Row, length: int, places: int) -> Row:
+  """A prompt of `length` tokens, padded anew."""
+  return pad_row(row._replace(**{field: getattr(row, field)[:length] for field in row._fields[:6]}), places)

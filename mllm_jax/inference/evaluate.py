@@ -3,14 +3,19 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 from PIL import Image
 
 from mllm_jax.data import images
-from mllm_jax.data.processor import Processor, collate
+from mllm_jax.data.processor import Processor, Row
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Records, Turn
 from mllm_jax.inference.engine import Engine
+from mllm_jax.inference.requests import Request
+
+WINDOW = 512  # questions whose pictures are held at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,6 @@ def exact_match(
   processor: Processor,
   records: Records,
   *,
-  batch_size: int,
   max_new_tokens: int,
   blank: bool,
   progress: Callable[[int, int], None] | None = None,
@@ -100,17 +104,14 @@ def exact_match(
   """Asks every question of every sample on its own, greedily, and compares exactly, apart from outer white space.
 
   A question later in a conversation is asked as if it were the first, with all of the sample's pictures before it.
-  All rows have the length of the longest prompt and the last batch is filled up with a repeated row, so one
-  compilation serves all.
 
   Args:
     engine: answers.
     processor: makes the prompts.
     records: samples whose answers are the gold ones; a category is an answer's own or else its sample's.
-    batch_size: rows asked at once.
     max_new_tokens: longest answer; a gold answer that needs more is counted wrong.
     blank: ask again with every picture replaced by one of the vision tower's mean colour.
-    progress: called with (questions answered, all questions), the blanked ones included, after each batch.
+    progress: called with (questions answered, all questions), the blanked ones included, as they are.
 
   Raises:
     DataError: no question in the file, or a sample that cannot be used; the message names it.
@@ -118,19 +119,11 @@ def exact_match(
   questions = list_questions(records)
   rounds = [False, True] if blank else [False]
   total = len(questions) * len(rounds)
-  sizes = {path: images.load(path).size for path in {path for question in questions for path in question.images}}
-  length = max(_length(processor, question, [sizes[path] for path in question.images]) for question in questions)
-
   answers = []
-  for blanked in rounds:
-    for start in range(0, len(questions), batch_size):
-      chunk = questions[start : start + batch_size]
-      rows = _rows(processor, chunk, length, blanked)
-      batch = collate(rows + rows[-1:] * (batch_size - len(rows)))
-      ids = engine.generate(batch, max_new_tokens)
-      answers += [processor.tokenizer.decode(answer) for answer in ids[: len(chunk)]]
-      if progress is not None:
-        progress(len(answers), total)
+  for blanked, start in itertools.product(rounds, range(0, len(questions), WINDOW)):
+    rows = _rows(processor, questions[start : start + WINDOW], blanked)
+    told = None if progress is None else lambda done, _, before=len(answers): progress(before + done, total)
+    answers += [answer.text for answer in engine.answer([Request(row, max_new_tokens) for row in rows], told)]
   seen, unseen = answers[: len(questions)], answers[len(questions) :] or [None] * len(questions)
   return EvaluationResult([Prediction(*fields) for fields in zip(questions, seen, unseen, strict=True)])
 
@@ -152,25 +145,22 @@ def list_questions(records: Records) -> list[Question]:
   return questions
 
 
-def _rows(processor: Processor, questions: Sequence[Question], length: int, blanked: bool) -> list:
-  """The questions' rows. A picture with several questions is decoded once in a batch. Blanked, it has one colour
-  everywhere: the mean that the tower subtracts, as in the padding around pictures that are not square."""
-  pictures = {path: images.load(path) for path in {path for question in questions for path in question.images}}
-  if blanked:
-    colour = tuple(int(255 * mean) for mean in processor.vision.mean)
-    pictures = {path: Image.new("RGB", picture.size, colour) for path, picture in pictures.items()}
+def _rows(processor: Processor, questions: Sequence[Question], blanked: bool) -> list[Row]:
+  """The questions' rows. Blanked, a picture has one colour everywhere: the mean that the tower subtracts, as in the
+  padding around pictures that are not square."""
+  colour = tuple(int(255 * mean) for mean in processor.vision.mean)
+
+  @functools.lru_cache(maxsize=4)  # the questions about a picture follow each other
+  def picture(path: str) -> Image.Image:
+    loaded = images.load(path)
+    return Image.new("RGB", loaded.size, colour) if blanked else loaded
+
   rows = []
   for question in questions:
     with _naming(question):
-      turns = _turns(question)
-      rows.append(processor.prompt(turns, [pictures[path] for path in question.images], length, question.system))
+      pictures = [picture(path) for path in question.images]
+      rows.append(processor.with_room(len(pictures)).prompt(_turns(question), pictures, system=question.system))
   return rows
-
-
-def _length(processor: Processor, question: Question, sizes: Sequence[tuple[int, int]]) -> int:
-  """Places of a question's prompt, with pictures of these sizes."""
-  with _naming(question):
-    return processor.prompt_length(_turns(question), sizes, question.system)
 
 
 def _turns(question: Question) -> list[Turn]:

@@ -42,3 +42,38 @@ class Detokenizer:
     if text:  # tokens without text (special ones, a bare space) stay: alone they would make the next token a first one
       self._before, self._pending = self._pending, []
     return text
+
+
+class Stops:
+  """Ends a text before the first of some texts in it, and holds back what may become one.
+
+  Args:
+    stops: none of them empty.
+  """
+
+  def __init__(self, stops: Sequence[str]):
+    self._stops = tuple(stops)
+    self._held = ""
+    self.found = False
+
+  def push(self, text: str) -> str:
+    """What can be given out now that `text` has come; nothing follows once `found`."""
+    self._held += text
+    places = [place for place in map(self._held.find, self._stops) if place >= 0]
+    if places:
+      self.found = True
+    return self._give(min(places) if places else len(self._held) - self._possible())
+
+  def finish(self) -> str:
+    """What was held back; nothing if a stop was found."""
+    return "" if self.found else self._give(len(self._held))
+
+  def _possible(self) -> int:
+    """How many of the last characters may be the beginning of a stop."""
+    longest = min(len(self._held), max(map(len, self._stops), default=1) - 1)
+    ends = (length for length in range(longest, 0, -1) if any(s.startswith(self._held[-length:]) for s in self._stops))
+    return next(ends, 0)
+
+  def _give(self, count: int) -> str:
+    given, self._held = self._held[:count], self._held[count:]
+    return given

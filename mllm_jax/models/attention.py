@@ -50,6 +50,7 @@ def causal(
   must be one segment with padding after it. Returns [B, S, H, N]; what stands at padding is finite and of no use.
   """
   chosen = choose(implementation, packed=packed, dtype=queries.dtype, head_width=queries.shape[-1])
+  window = window if window < queries.shape[1] else 0  # one that holds the whole row is none
   if chosen == "splash":
     return splash(queries, keys, values, segment_ids, segment_ids, is_causal=True, window=window)
   if chosen == "cudnn":

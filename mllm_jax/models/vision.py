@@ -1,5 +1,5 @@
-"""The vision tower: a ViT of the CLIP family (Radford et al. 2021; SigLIP, Zhai et al. 2023), from pixels to patch
-features."""
+"""The vision tower: a ViT of the CLIP family (Radford et al. 2021; SigLIP, Zhai et al. 2023; InternViT, Chen et al.
+2024), from pixels to patch features."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
   "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+LAYER_SCALE = 0.1  # InternViT's, before any training
 
 
 class VisionLayer(nnx.Module):
@@ -32,6 +33,8 @@ class VisionLayer(nnx.Module):
     self.norm2 = LayerNorm(config.width, config.norm_eps, rngs=rngs)
     self.fc1 = Linear(config.width, config.mlp_width, bias=True, rngs=rngs)
     self.fc2 = Linear(config.mlp_width, config.width, bias=True, rngs=rngs)
+    scale = lambda: nnx.Param(jnp.full(config.width, LAYER_SCALE, jnp.float32)) if config.layer_scale else None
+    self.attention_scale, self.mlp_scale = scale(), scale()
 
   def __call__(self, x: jax.Array, lengths: jax.Array | None = None, attention: str = "auto") -> jax.Array:
     """x [N, P, C] -> [N, P, C]; lengths int32 [N]: how many of the first patches may be seen, None: all; attention: as
@@ -40,8 +43,9 @@ class VisionLayer(nnx.Module):
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
     q, k, v = split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h))
     attended = attention_lib.bidirectional(q, k, v, lengths, implementation=attention)
-    x = x + self.out_proj(attended.reshape(x.shape))
-    return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
+    scaled = lambda y, scale: y if scale is None else y * scale[...].astype(y.dtype)
+    x = x + scaled(self.out_proj(attended.reshape(x.shape)), self.attention_scale)
+    return x + scaled(self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x)))), self.mlp_scale)
 
 
 class VisionTower(nnx.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.config import LoraConfig, ModelConfig
+from mllm_jax.config import SHUFFLED, LoraConfig, ModelConfig
 from mllm_jax.weights import clip, folder, hiwin, llama, mlp, peft, side_files, siglip
 from mllm_jax.weights.assemble import StoredModel, belongs
 from mllm_jax.weights.known import WeightsError
@@ -60,6 +60,10 @@ def export(
     raise WeightsError("the model has no adapter to write; export it as hf or official")
   if layout not in FORMATS:
     raise WeightsError(f"format {layout!r} is unknown; known: {', '.join(FORMATS)}")
+  if config.projector.kind in SHUFFLED or config.vision.layer_scale:
+    raise WeightsError(
+      "an InternVL tower or projector is written in no layout of other tools; keep the folder that this project writes"
+    )
   if layout != "peft" and not stored.tokenizer:
     raise WeightsError("the model has no tokenizer, which other tools need; import it again with its tokenizer")
   base = base_model or origin(stored, "decoder", ("language model",), "--base_model") if lora is not None else ""

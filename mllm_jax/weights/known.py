@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax import places
-from mllm_jax.config import DecoderConfig, VisionConfig
+from mllm_jax.config import IMAGENET_MEAN, IMAGENET_STD, DecoderConfig, VisionConfig
 from mllm_jax.places import Place
 from mllm_jax.weights.errors import WeightsError, brief
 
@@ -49,6 +49,17 @@ QWEN2_7B = DecoderConfig(
   max_positions=32768,
 )
 LLAMA3_8B = DecoderConfig(vocab_size=128256, kv_heads=8, mlp_width=14336, rope_theta=5e5, max_positions=8192)
+INTERNVIT = VisionConfig(
+  image_size=448,
+  activation="gelu",
+  norm_eps=1e-6,
+  select_layer=-1,
+  patch_bias=True,
+  pre_norm=False,
+  layer_scale=True,
+  mean=IMAGENET_MEAN,
+  std=IMAGENET_STD,
+)
 PUBLISHED = {
   "clip-vit-large-patch14-336": Known("openai/clip-vit-large-patch14-336", VisionConfig()),
   "siglip-large-patch16-384": Known("google/siglip-large-patch16-384", SIGLIP_L),
@@ -64,6 +75,21 @@ PUBLISHED = {
   "vicuna-7b-v1.5": Known("lmsys/vicuna-7b-v1.5", DecoderConfig()),
   "vicuna-13b-v1.5": Known(
     "lmsys/vicuna-13b-v1.5", DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824)
+  ),
+  "internvit-300m-448px": Known("OpenGVLab/InternViT-300M-448px", INTERNVIT),
+  "qwen2-0.5b-instruct": Known(
+    "Qwen/Qwen2-0.5B-Instruct",
+    dataclasses.replace(
+      QWEN2_7B,
+      vocab_size=151936,
+      width=896,
+      layers=24,
+      heads=14,
+      kv_heads=2,
+      head_width=64,
+      mlp_width=4864,
+      tied_embeddings=True,
+    ),
   ),
   "qwen2-7b-instruct": Known("Qwen/Qwen2-7B-Instruct", QWEN2_7B),
   "qwen2.5-7b-instruct": Known("Qwen/Qwen2.5-7B-Instruct", QWEN2_7B),

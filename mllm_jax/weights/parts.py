@@ -6,6 +6,7 @@ Each part has a table of its own, which reads its tensors and ignores the others
   `model.mm_projector.` or `model.conv_...` beside its layers, all behind `base_model.` in files that PEFT wrote;
 - llava-hf's: `vision_tower.vision_model.`, `language_model.model.`, `language_model.lm_head.`,
   `multi_modal_projector.`;
+- InternVL's: `vision_model.`, `language_model.`, `mlp1.`;
 - transformers' from 4.52 on: `model.vision_tower.`, `model.language_model.`, `lm_head.`,
   `model.multi_modal_projector.`, and from 5 on without `vision_model.`.
 
@@ -22,10 +23,11 @@ SIZES = ("image_size", "patch_size", "vocab_size", "width", "layers", "heads", "
 Architecture = TypeVar("Architecture", VisionConfig, DecoderConfig)
 
 OUTER = r"(base_model\.)?(model\.)*"
-VISION = (OUTER + r"vision_tower\..*", "the vision tower, which has a table of its own")
+VISION = (OUTER + r"(vision_tower|vision_model)\..*", "the vision tower, which has a table of its own")
 PROJECTOR = (
   OUTER
-  + r"((mm_projector|multi_modal_projector|conv_\w+|tfm_\w+|(query|key|value)_projector)\..*|query_\d+|image_newline)",
+  + r"((mm_projector|multi_modal_projector|mlp1|conv_\w+|tfm_\w+|(query|key|value)_projector)\..*|query_\d+"
+  + r"|image_newline)",
   "the projector, which has a table of its own",
 )
 LANGUAGE = (

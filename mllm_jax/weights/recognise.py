@@ -16,7 +16,21 @@ from mllm_jax import places
 from mllm_jax.config import DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.data.tiles import GRIDS
-from mllm_jax.weights import clip, folder, hiwin, llama, mistral, mlp, peft, qwen2, siglip, spatial
+from mllm_jax.weights import (
+  clip,
+  folder,
+  hiwin,
+  internvit,
+  internvit_hf,
+  internvl,
+  llama,
+  mistral,
+  mlp,
+  peft,
+  qwen2,
+  siglip,
+  spatial,
+)
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, missing, read_json
 from mllm_jax.weights.tables import Table
@@ -25,6 +39,8 @@ PARTS = ("vision", "decoder", "projector", "lora")
 SIDE_FILES = (*chat.TOKENIZER_FILES, "config.json", "adapter_config.json", folder.MANIFEST)
 SIDE_FILES += ("preprocessor_config.json", "processor_config.json")
 TOWERS = {"clip": clip, "clip_vision_model": clip, "siglip": siglip, "siglip_vision_model": siglip}
+TOWERS |= {"intern_vit_6b": internvit, "internvl_vision": internvit_hf}
+TOWER_NAMES = {clip: "CLIP", siglip: "SigLIP", internvit: "InternViT", internvit_hf: "InternViT"}
 DECODERS = {"llama": llama, "mistral": mistral, "qwen2": qwen2}
 # LLaVA's own classes: the fields of a plain decoder's configuration with others between them.
 OFFICIAL = {"llava": llama, "llava_llama": llama, "llava_mistral": mistral, "llava_qwen": qwen2}
@@ -137,9 +153,11 @@ def of_config(path: places.Place, local: Path, names: list[str]) -> Found:
   if kind in TOWERS:
     family = TOWERS[kind]
     part = Part(open_weights(path), str(path), family.read_config(local), lambda config, grid: family.table(config))
-    return Found(str(path), "CLIP vision tower" if family is clip else "SigLIP vision tower", {"vision": part})
+    return Found(str(path), f"{TOWER_NAMES[family]} vision tower", {"vision": part})
   if kind == "llava" and isinstance(content.get("text_config"), dict):
     return of_llava_hf(path, local, names, content)
+  if kind in internvl.COMPUTED:
+    return of_internvl(path, local, names, content)
   if kind in OFFICIAL or (kind in DECODERS and "mm_projector_type" in content):
     return of_official(path, local, names, OFFICIAL.get(kind) or DECODERS[kind])
   if kind in DECODERS:
@@ -148,7 +166,7 @@ def of_config(path: places.Place, local: Path, names: list[str]) -> Found:
     return Found(str(path), f"{kind} language model", {"decoder": part}, tokenizer_of(local, names))
   raise WeightsError(
     f"{places.join(path, 'config.json')}: model_type is {kind!r}; read are "
-    + ", ".join(sorted({*TOWERS, *DECODERS, *OFFICIAL}))
+    + ", ".join(sorted({*TOWERS, *DECODERS, *OFFICIAL, *internvl.COMPUTED}))
   )
 
 
@@ -188,6 +206,41 @@ def of_llava_hf(path: places.Place, local: Path, names: list[str], content: dict
   return Found(
     str(path), "LLaVA-1.5 as transformers stores it", parts, tokenizer_of(local, names), notes=cropping(local)
   )
+
+
+def of_internvl(path: places.Place, local: Path, names: list[str], content: dict[str, Any]) -> Found:
+  """A whole InternVL, as its own code or as transformers stores it."""
+  where = str(places.join(path, "config.json"))
+  refuse(where, internvl.DEFAULTS[content["model_type"]] | content, internvl.COMPUTED[content["model_type"]])
+  vision, text, layer = internvl.parts_of(content, where)
+  tower, decoder = TOWERS.get(vision.get("model_type")), DECODERS.get(text.get("model_type"))
+  if tower not in (internvit, internvit_hf) or decoder is None:
+    raise WeightsError(
+      f"{where}: a tower of type {vision.get('model_type')} with a language model of type {text.get('model_type')} is "
+      f"not read; read are InternViT with {', '.join(DECODERS)}"
+    )
+  weights = open_weights(path)
+  tied = not holds(weights, r"(.*\.)?lm_head\.weight")
+  vision_config = clip.with_colours(tower.parse(vision, f"{where}, vision_config"), local)
+  part = lambda config, table: Part(weights, str(path), config, table)
+  parts = {
+    "vision": part(dataclasses.replace(vision_config, select_layer=layer), lambda config, grid: tower.table(config)),
+    "decoder": part(
+      decoder.parse(text | {"tie_word_embeddings": tied}, where), lambda config, grid: decoder.table(config)
+    ),
+    "projector": part(internvl.PROJECTOR, lambda config, grid: internvl.table()),
+  }
+  named = content.get("template", "Hermes-2")
+  template = internvl.TEMPLATES.get(named, "chatml")
+  notes = (
+    ()
+    if named in internvl.TEMPLATES
+    else (
+      f"its conversations are written as {named}, which is not built in; they are taken for chatml, name another with "
+      "--template",
+    )
+  )
+  return Found(str(path), "InternVL 2", parts, tokenizer_of(local, names), template, notes=notes)
 
 
 def cropping(local: Path) -> tuple[str, ...]:

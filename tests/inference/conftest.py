@@ -51,7 +51,7 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
+def tokenizer_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
   shutil.copyfile(GOLDENS / "tiny_spm.model", folder / "tokenizer.model")
   (folder / "tokenizer_config.json").write_text(
@@ -67,7 +67,12 @@ def tokenizer(tmp_path_factory):
     )
   )
   (folder / "config.json").write_text('{"model_type": "llama"}')
-  return chat.load_tokenizer(str(folder))
+  return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+  return chat.load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,11 @@ from PIL import Image
 from tiny_models import TINY
 
 from mllm_jax.data import images
-from mllm_jax.data.processor import collate
 from mllm_jax.data.records import DataError, Records, Turn
+from mllm_jax.inference import evaluate
 from mllm_jax.inference.engine import Engine
 from mllm_jax.inference.evaluate import EvaluationResult, Prediction, Question, exact_match, list_questions
+from mllm_jax.inference.requests import Answer, Request
 
 
 def qa(question, gold, category=""):
@@ -40,25 +41,28 @@ def records(tmp_path_factory):
 
 
 class Scripted:
-  """Answers "two" when it sees a picture that is not plain, else "no"; keeps the batches."""
+  """Answers "two" when it sees a picture that is not plain, else "no"; keeps the requests of each call."""
 
-  def __init__(self, tokenizer):
-    encode = lambda text: tokenizer._plain.encode(text, add_special_tokens=False).ids
-    self.answers = {True: encode("two"), False: encode("no")}
-    self.batches = []
+  def __init__(self):
+    self.asked = []
 
-  def generate(self, batch, max_new_tokens):
-    self.batches.append((batch, max_new_tokens))
-    return [self.answers[bool(row.reshape(-1, 3).std(axis=0).any())] for row in batch.patches]
+  def answer(self, requests, progress=None):
+    self.asked.append(list(requests))
+    answers = []
+    for request in requests:
+      seen = bool(request.row.patches.reshape(-1, 3).std(axis=0).any())
+      answers.append(Answer("two" if seen else "no", (), "stop"))
+      if progress is not None:
+        progress(len(answers), len(requests))
+    return answers
 
 
 def test_questions_are_asked_alone_and_counted_by_kind(records, processor):
-  engine, calls = Scripted(processor.tokenizer), []
+  engine, calls = Scripted(), []
   result = exact_match(
     engine,
     processor,
     records,
-    batch_size=2,
     max_new_tokens=7,
     blank=True,
     progress=lambda done, total: calls.append((done, total)),
@@ -85,46 +89,44 @@ def test_questions_are_asked_alone_and_counted_by_kind(records, processor):
     "eval/blank/count": 0.0,
     "eval/blank/text": 1.0,
   }
-  assert calls == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
+  assert calls == [(number, 10) for number in range(1, 11)]
 
 
-def test_batches_have_one_shape_and_hold_what_the_processor_makes(records, processor):
-  engine = Scripted(processor.tokenizer)
-  exact_match(engine, processor, records, batch_size=2, max_new_tokens=7, blank=False)
-  assert len({batch.tokens.shape for batch, _ in engine.batches}) == 1
-  assert len(engine.batches) == 3 and engine.batches[0][0].tokens.shape[0] == 2
-  assert {count for _, count in engine.batches} == {7}
-  second = engine.batches[0][0]  # the second question of the first sample, with its picture in front
+def test_requests_hold_what_the_processor_makes(records, processor, monkeypatch):
+  engine = Scripted()
+  monkeypatch.setattr(evaluate, "WINDOW", 2)
+  exact_match(engine, processor, records, max_new_tokens=7, blank=False)
+  assert [len(requests) for requests in engine.asked] == [2, 2, 1]
+  assert {request.max_new_tokens for requests in engine.asked for request in requests} == {7}
   picture = images.load(records[0].images[0])
-  direct = processor.prompt([Turn("human", "<image>\nWhich colour?")], [picture], second.tokens.shape[1])
-  for name in ("tokens", "positions", "segment_ids", "visual_index", "patches", "grids"):
-    np.testing.assert_array_equal(getattr(second, name)[1], getattr(direct, name), err_msg=name)
-  last = engine.batches[-1][0]
-  np.testing.assert_array_equal(last.tokens[0], last.tokens[1])  # filled up with a repeated row
+  direct = processor.prompt([Turn("human", "<image>\nWhich colour?")], [picture])
+  second = engine.asked[0][1].row  # the second question of the first sample, with its picture in front
+  for name, expected in zip(direct._fields, direct):
+    np.testing.assert_array_equal(getattr(second, name), expected, err_msg=name)
 
 
 def test_blanked_pictures_are_the_towers_mean_colour(records, processor):
-  engine = Scripted(processor.tokenizer)
-  exact_match(engine, processor, records, batch_size=8, max_new_tokens=7, blank=True)
-  seen, blanked = (batch for batch, _ in engine.batches)
+  engine = Scripted()
+  exact_match(engine, processor, records, max_new_tokens=7, blank=True)
   colour = [int(255 * mean) for mean in TINY.vision.mean]
-  assert (blanked.patches[:4].reshape(-1, 3) == colour).all()
-  np.testing.assert_array_equal(seen.tokens, blanked.tokens)
+  for seen, blanked in zip(*engine.asked, strict=True):
+    np.testing.assert_array_equal(seen.row.tokens, blanked.row.tokens)
+    assert not blanked.row.grids.any() or (blanked.row.patches.reshape(-1, 3) == colour).all()
 
 
 def test_without_blanking_nothing_is_said_of_it(records, processor):
-  result = exact_match(Scripted(processor.tokenizer), processor, records, batch_size=8, max_new_tokens=7, blank=False)
+  result = exact_match(Scripted(), processor, records, max_new_tokens=7, blank=False)
   assert result.overall.blank is None
   assert not any("blank" in name for name in result.metrics())
 
 
 def test_a_real_engine_answers_every_question(records, processor, tiny):
-  engine = Engine(tiny, processor.tokenizer.eos_id)
-  result = exact_match(engine, processor, records, batch_size=2, max_new_tokens=4, blank=False)
+  engine = Engine(tiny, processor, rows=2)
+  result = exact_match(engine, processor, records, max_new_tokens=4, blank=False)
   golds = [prediction.question.gold for prediction in result.predictions]
   assert golds == ["two", "red", "no", " two\n", "no"]
   alone = processor.prompt([Turn("human", "<image>\nHow many?")], [images.load(records[1].images[0])])
-  assert result.predictions[3].answer == processor.tokenizer.decode(engine.generate(collate([alone]), 4)[0])
+  assert result.predictions[3].answer == engine.answer([Request(alone, 4)])[0].text
 
 
 def test_comparison_is_exact_but_for_outer_white_space():
@@ -144,7 +146,7 @@ def test_a_missing_picture_is_named(tmp_path, processor):
   (tmp_path / "a.json").write_text(json.dumps([sample]))
   records = Records.load(str(tmp_path / "a.json"), str(tmp_path))
   with pytest.raises(DataError, match="gone.png is missing"):
-    exact_match(Scripted(processor.tokenizer), processor, records, batch_size=1, max_new_tokens=1, blank=False)
+    exact_match(Scripted(), processor, records, max_new_tokens=1, blank=False)
 
 
 def test_categories_are_sorted_and_leave_out_the_nameless():

@@ -1,5 +1,6 @@
 """The command line: what it prints where, and what it says to arguments that cannot work."""
 
+import json
 import subprocess
 import sys
 import types
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax import generate
+from mllm_jax import generate, stream
 from mllm_jax.config import ConfigError
-from mllm_jax.data.processor import collate
-from mllm_jax.data.records import Turn
+from mllm_jax.data.records import DataError, Turn
+from mllm_jax.inference import questions
 from mllm_jax.inference.engine import Engine
-from mllm_jax.inference.text import Detokenizer
+from mllm_jax.inference.requests import Request
 
 
 @pytest.fixture
@@ -32,16 +33,34 @@ def loaded(tiny, processor, monkeypatch):
   return module
 
 
-def test_prints_the_answer_and_nothing_else(loaded, picture, tmp_path, tiny, processor, capsys):
-  assert generate.main([f"--workdir={tmp_path}", f"--image={picture}", "--prompt=How many?", "--max_new_tokens=6"]) == 0
+@pytest.fixture
+def asked(tiny, processor, picture):
+  """What the engine answers in 6 tokens."""
+  row = processor.prompt([Turn("human", "<image>\nHow many?")], [Image.open(picture)])
+  return Engine(tiny, processor, rows=1).answer([Request(row, 6)])[0]
+
+
+def test_prints_the_answer_and_nothing_else(loaded, picture, tmp_path, asked, capsys):
+  command = [f"--workdir={tmp_path}", f"--image={picture}", "--prompt=How many?", "--max_new_tokens=6"]
+  assert generate.main(command) == 0
   printed = capsys.readouterr()
-  batch = collate([processor.prompt([Turn("human", "<image>\nHow many?")], [Image.open(picture)])])
-  ids = Engine(tiny, processor.tokenizer.eos_id).generate(batch, 6)[0]
-  assert len(ids) > 1
-  text = Detokenizer(processor.tokenizer.decode)  # random ids hold broken bytes, which decode shows otherwise
-  assert printed.out == "".join(map(text.push, ids)) + text.finish() + "\n"
+  assert len(asked.ids) > 1 and printed.out == asked.text + "\n"
   assert f"{tmp_path}: read in" in printed.err
-  assert ("cut off" in printed.err) == (len(ids) == 6)
+  assert ("cut off" in printed.err) == (len(asked.ids) == 6)
+
+
+def test_stop_samples_and_pieces(loaded, picture, tmp_path, asked, tiny, processor, capsys):
+  end = asked.text[3:5]
+  ask = lambda function, **settings: function(tiny, processor, "How many?", [picture], max_new_tokens=6, **settings)
+  assert ask(generate, stop=end) == asked.text.partition(end)[0].strip()
+  assert "".join(ask(stream)) == asked.text
+  drawn = ask(generate, temperature=1.5, num_samples=3, seed=5)
+  assert drawn == [ask(generate, temperature=1.5, seed=seed) for seed in (5, 6, 7)] and len(set(drawn)) > 1
+  command = [f"--model={tmp_path}", f"--image={picture}", "--prompt=How many?", "--max_new_tokens=6"]
+  assert generate.main([*command, "--temperature=1.5", "--num_samples=3", "--seed=5"]) == 0
+  assert capsys.readouterr().out == "\n\n".join(drawn) + "\n"
+  with pytest.raises(ValueError, match="num_samples is 0"):
+    ask(generate, num_samples=0)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +78,11 @@ def test_prints_the_answer_and_nothing_else(loaded, picture, tmp_path, tiny, pro
     (["--seed=-1"], "--seed is -1"),
     (["--seed=4294967296"], "--seed is 4294967296"),
     (["--nonsense=1"], "--nonsense=1"),
+    (["--num_beams=0"], "--num_beams is 0"),
+    (["--num_beams=2", "--temperature=1"], "--num_beams=2 goes with --temperature=0"),
+    (["--num_samples=0"], "--num_samples is 0"),
+    (["--stop="], "--stop is empty"),
+    (["--questions=a"], "give --prompt=TEXT for one question, or --questions"),
   ],
 )
 def test_arguments_out_of_range(arguments, message, tmp_path, capsys):
@@ -114,3 +138,79 @@ def test_mistakes_are_told_before_anything_heavy_is_imported():
     "assert not {'jax', 'flax', 'tokenizers', 'transformers'} & set(sys.modules)"
   )
   assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# ---- files of questions ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, picture):
+  """(the questions' file, the answers' file)."""
+  rows = [
+    {"question_id": "count/a.png", "image": "a.png", "text": "How many?", "category": "default"},
+    {"question_id": "count/a.png", "image": "a.png", "text": "Which colour?"},
+    {"question_id": 3, "text": "Who are you?"},
+  ]
+  (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+  return tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+
+
+def command(tmp_path, files):
+  return [
+    f"--model={tmp_path}",
+    f"--questions={files[0]}",
+    f"--image_folder={tmp_path}",
+    f"--out={files[1]}",
+    "--max_new_tokens=4",
+    "--batch_size=2",
+  ]
+
+
+def test_a_file_is_answered_and_goes_on_where_it_was(loaded, picture, files, tmp_path, tiny, processor, capsys):
+  assert generate.main(command(tmp_path, files)) == 0
+  assert "3/3" in capsys.readouterr().err  # the bar
+  whole = files[1].read_bytes()
+  rows = [json.loads(line) for line in whole.splitlines()]
+  assert [(row["question_id"], row["prompt"]) for row in rows] == [
+    ("count/a.png", "How many?"),
+    ("count/a.png", "Which colour?"),
+    (3, "Who are you?"),
+  ]
+  pictures = [[picture], [picture], []]
+  expected = generate(tiny, processor, [row["prompt"] for row in rows], pictures, max_new_tokens=4)
+  assert [row["text"] for row in rows] == expected
+  assert all(row["model_id"] == tmp_path.name and row["metadata"] == {} for row in rows)
+  assert len({row["answer_id"] for row in rows}) == 3
+
+  first = whole.splitlines(keepends=True)[0]
+  files[1].write_bytes(first + b'{"question_id": "count/a.png", "prom')  # killed while it wrote
+  assert generate.main(command(tmp_path, files)) == 0
+  resumed = files[1].read_bytes()
+  assert resumed.startswith(first)
+  texts = lambda content: [(row["prompt"], row["text"]) for row in map(json.loads, content.splitlines())]
+  assert texts(resumed) == texts(whole)
+  loaded.load = None  # not asked for again
+  assert generate.main(command(tmp_path, files)) == 0
+  assert "holds all 3 answers" in capsys.readouterr().err and files[1].read_bytes() == resumed
+
+
+def test_problems_of_files_are_told_before_any_work(loaded, picture, files, tmp_path, capsys):
+  loaded.load = None
+  run = lambda: (generate.main(command(tmp_path, files)), capsys.readouterr().err)
+  files[1].write_text('{"question_id": 7, "prompt": "Other?", "text": ""}\n')
+  status, error = run()
+  assert status == 2 and f"--out {files[1]}, line 1: is no answer to question 1" in error
+  files[1].unlink()
+  for line, message in [
+    ('{"question_id": 1, "text": "a", "image": "gone.png"}', "line 1: image "),
+    ('{"question_id": 1}', "line 1: must be"),
+    ("[]", "line 1: must be"),
+    ("{", "line 1: is no JSON"),
+    ("", "holds no question"),
+  ]:
+    files[0].write_text(line)
+    status, error = run()
+    assert status == 2 and message in error and error.count("\n") == 1, line
+    assert not files[1].exists()
+  with pytest.raises(DataError, match="no such file"):
+    questions.read(str(tmp_path / "nothing"), "")

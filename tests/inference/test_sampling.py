@@ -5,25 +5,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.inference.sampling import sample
+from mllm_jax.inference.sampling import Draws, sample
 from mllm_jax.inference.settings import Sampling
 
 PROBABILITIES = np.array([0.05, 0.4, 0.0, 0.25, 0.2, 0.1])
 DRAWS = 20_000
 
 
+def draws(samplings, seed=0):
+  """A step for each."""
+  return Draws.of([(sampling, seed, step) for step, sampling in enumerate(samplings)])
+
+
 def drawn(sampling, probabilities=PROBABILITIES, seed=0):
   """How often each token comes, [V]."""
   with np.errstate(divide="ignore"):
     logits = np.log(probabilities).astype(np.float32)
-  tokens = sample(jnp.tile(logits, (DRAWS, 1)), jax.random.key(seed), sampling)
+  tokens = jax.jit(sample)(jnp.tile(logits, (DRAWS, 1)), draws([sampling] * DRAWS, seed))
   assert tokens.dtype == jnp.int32
   return np.bincount(tokens, minlength=len(probabilities)) / DRAWS
 
 
 def test_temperature_0_takes_the_likeliest_and_of_equals_the_first():
   logits = jnp.array([[0.0, 3, 1], [2, 0, 2]])
-  assert sample(logits, jax.random.key(0), Sampling(0, top_p=0.1)).tolist() == [1, 0]
+  assert sample(logits, draws([Sampling(0, top_p=0.1)] * 2)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -62,16 +67,18 @@ def test_equal_tokens_are_counted_one_by_one():
 
 def test_coldest_temperature_stays_finite():
   logits = jnp.array([[1e4, -1e4, 1e4 - 1]])
-  assert sample(logits, jax.random.key(0), Sampling(1e-6, top_p=0.9)).tolist() == [0]
+  assert sample(logits, draws([Sampling(1e-6, top_p=0.9)])).tolist() == [0]
 
 
 def test_a_row_draws_the_same_among_any_others():
   logits = jax.random.normal(jax.random.key(5), (8, 50))
-  for sampling in (Sampling(1), Sampling(1, top_p=0.9)):
-    together = sample(logits, jax.random.key(1), sampling)
-    assert sample(logits[:3], jax.random.key(1), sampling).tolist() == together[:3].tolist()
-    equal_rows = sample(jnp.tile(logits[:1], (8, 1)), jax.random.key(1), sampling)
-    assert len(set(equal_rows.tolist())) > 1  # rows do not share a draw
+  settings = [(Sampling(1), 1, 0), (Sampling(), 0, 0), (Sampling(1, 0.9), 1, 2), (Sampling(1, top_k=3), 2**32 - 1, 2)]
+  together = sample(logits, Draws.of(settings * 2))
+  for row, setting in enumerate(settings * 2):
+    assert sample(logits[row : row + 1], Draws.of([setting])).tolist() == [together[row]]
+  same = jnp.tile(logits[:1], (8, 1))
+  steps, seeds = [(Sampling(1), 0, i) for i in range(8)], [(Sampling(1), i, 0) for i in range(8)]
+  assert min(len(set(sample(same, Draws.of(rows)).tolist())) for rows in (steps, seeds)) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The detokeniser on real tokenizers: joined, its pieces are the whole text, and none shows half a character."""
 
+import hypothesis
+import hypothesis.strategies
 import pytest
 
-from mllm_jax.inference.text import REPLACEMENT, Detokenizer
+from mllm_jax.inference.text import REPLACEMENT, Detokenizer, Stops
 
 TEXTS = [
   "A bus.",
@@ -64,3 +66,32 @@ def test_long_streams_decode_only_a_window():
 
   assert "".join(pieces(decode, range(500))) == "ab" * 500
   assert max(seen) == 2
+
+
+@pytest.mark.parametrize(
+  "stops, pushed, given, found",
+  [
+    (("END",), ["a E", "N", "D b"], ["a ", "", ""], True),
+    (("END",), ["a E", "N", "d b"], ["a ", "", "ENd b"], False),
+    (("END",), ["EN"], [""], False),
+    (("aab",), ["aaa", "ab"], ["a", "a"], True),  # what is held back may begin later than it seemed
+    (("xy", "y"), ["axy"], ["a"], True),  # the first in the text, not in the list
+    (("\n", "\n\nUSER"), ["one\n"], ["one"], True),
+    ((), ["any", "thing"], ["any", "thing"], False),
+  ],
+)
+def test_stops_hold_back_what_may_become_one(stops, pushed, given, found):
+  text = Stops(stops)
+  assert [text.push(piece) for piece in pushed] == given
+  assert text.found == found
+  assert "".join(given) + text.finish() == ("".join(given) if found else "".join(pushed))
+
+
+@hypothesis.given(
+  hypothesis.strategies.lists(hypothesis.strategies.text("ab")), hypothesis.strategies.text("ab", min_size=1)
+)
+def test_stops_cut_where_the_whole_text_would_be_cut(pushed, stop):
+  text, given = Stops([stop]), ""
+  for piece in pushed:
+    given += text.push(piece) if not text.found else ""
+  assert given + text.finish() == "".join(pushed).partition(stop)[0]

@@ -1,13 +1,13 @@
-"""The released tiny LLaVA-SP, a tinier model, and batches of prompts made by hand."""
+"""The released tiny LLaVA-SP, a tinier model, and prompts made by hand."""
 
 import pathlib
 
 import numpy as np
 
-from mllm_jax.batch import Batch
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat, layout
 from mllm_jax.data.patches import patchify
+from mllm_jax.data.processor import Row
 from mllm_jax.models.projectors import tokens_per_crop
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "sp"
@@ -29,27 +29,25 @@ TINY = ModelConfig(
 )
 
 
-def prompt(ids, pixels=None, places=None, config=TINY) -> Batch:
-  """A batch of one row; -200 in `ids` stands for the picture `pixels` (H, W, 3)."""
-  size = config.vision.image_size
+def prompt(ids, pixels=None, config=TINY) -> Row:
+  """A prompt as long as it is; -200 in `ids` stands for the picture `pixels` (H, W, 3)."""
   encoded = chat.Encoded(np.asarray(ids, np.int32), np.zeros(len(ids), bool))
-  row = layout.expand(encoded, [tokens_per_crop(config)] * int((encoded.ids == chat.IMAGE_TOKEN_INDEX).sum()))
-  row = layout.pad(row, places or len(row.tokens))
-  pixels = np.zeros((size, size, 3), np.uint8) if pixels is None else pixels
-  grids = np.full((1, 1, 2), config.vision.grid, np.int32)
-  return Batch(
-    *(field[None] for field in row), patches=patchify(pixels[None, None], config.vision.patch_size), grids=grids
-  )
+  pictures = int((encoded.ids == chat.IMAGE_TOKEN_INDEX).sum())
+  places = layout.expand(encoded, [tokens_per_crop(config)] * pictures)
+  vision = config.vision
+  patches = np.zeros((1, vision.grid**2, vision.patch_values), np.uint8)
+  patches = patches if pixels is None else patchify(pixels[None], vision.patch_size)
+  return Row(*places, patches, np.full((1, 2), vision.grid if pictures else 0, np.int32))
 
 
-def stack(batches, places) -> Batch:
-  """Batches of any length as one, padded to `places`."""
+class Plain:
+  """In place of a processor: a token is written as its number in brackets, and nothing ends an answer but `end_id`."""
 
-  def join(name):
-    fill = -1 if name == "visual_index" else 0
-    arrays = [getattr(batch, name) for batch in batches]
-    if arrays[0].ndim == 2:
-      arrays = [np.pad(array, ((0, 0), (0, places - array.shape[1])), constant_values=fill) for array in arrays]
-    return np.concatenate(arrays)
+  max_length = 256
 
-  return Batch(**{name: join(name) for name in Batch.__dataclass_fields__})
+  def __init__(self, end_id=10_000):
+    self.end_id, self.tokenizer = end_id, self
+    self.eos_id = end_id
+
+  def decode(self, ids):
+    return "".join(f"[{number}]" for number in ids)

@@ -72,26 +72,43 @@ def test_what_cudnn_is_asked_for():
   np.testing.assert_allclose(jax.jit(call)(queries, keys, values), np.where(real, wanted, 0), atol=2e-6)
 
 
-def test_a_packed_sample_and_a_token_after_the_other_are_the_whole_row():
-  """Two layers see twice as far as a window; the cache has slots beyond the row, as a batch of prompts has."""
-  decoder = Decoder(CONFIG, LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(0))
-  ids = np.random.default_rng(0).integers(0, 40, (1, 23))
-  segments = segments_of([9, 14])
+@pytest.fixture(scope="module")
+def decoder():
+  return Decoder(CONFIG, LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def ids():
+  return np.random.default_rng(0).integers(0, 40, (1, 14))
+
+
+@pytest.fixture(scope="module")
+def run():
+  return jax.jit(lambda decoder, *x: decoder(decoder.embed(x[0]), *x[1:]))
+
+
+@pytest.fixture(scope="module")
+def alone(decoder, ids, run):
+  return run(decoder, ids, np.arange(14)[None], np.ones((1, 14), np.int32))[0]
+
+
+def test_a_packed_sample_sees_what_it_sees_alone(decoder, ids, run, alone):
+  before = np.random.default_rng(1).integers(0, 40, (1, 9))
   positions = np.concatenate([np.arange(9), np.arange(14)])[None]
-  run = jax.jit(lambda decoder, *x: decoder(decoder.embed(x[0]), *x[1:]))
-  packed = run(decoder, ids, positions, segments)[0, 9:]
-  alone = run(decoder, ids[:, 9:], positions[:, 9:], np.ones((1, 14), np.int32))[0]
+  packed = run(decoder, np.concatenate([before, ids], axis=1), positions, segments_of([9, 14]))[0, 9:]
   np.testing.assert_allclose(packed, alone, atol=2e-6)
-  full = Decoder(
-    dataclasses.replace(CONFIG, sliding_window=0), LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(0)
-  )
-  seen_all = run(full, ids[:, 9:], positions[:, 9:], np.ones((1, 14), np.int32))[0]
+  config = dataclasses.replace(CONFIG, sliding_window=0)
+  full = Decoder(config, LoraConfig(), dtype="float32", remat="none", rngs=nnx.Rngs(0))
+  seen_all = run(full, ids, positions[:, 9:], np.ones((1, 14), np.int32))[0]
   assert np.array_equal(alone[:5], seen_all[:5]) and np.abs(alone[5:] - seen_all[5:]).max() > 0.01
 
+
+def test_a_token_after_the_other_is_the_whole_row(decoder, ids, alone):
+  """The cache has places beyond the row, as a batch of prompts has."""
   extend = jax.jit(lambda decoder, ids, positions, cache: decoder.extend(decoder.embed(ids), positions, cache))
-  cache, steps = KVCache.empty(CONFIG, 1, 18, jnp.float32), []
+  cache, steps = KVCache.empty(CONFIG, CONFIG.layers, 1, 18, jnp.float32), []
   for start, stop in ((0, 8), *((place, place + 1) for place in range(8, 14))):
-    hidden, cache = extend(decoder, ids[:, 9 + start : 9 + stop], np.arange(start, stop)[None], cache)
+    hidden, cache = extend(decoder, ids[:, start:stop], np.arange(start, stop)[None], cache)
     steps.append(hidden[0])
   np.testing.assert_allclose(np.concatenate(steps), alone, atol=2e-6)
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 
 NEW_TOKENS = 6
+BEAMS = (1, 3, 5)
 
 
 def ask(folder: Path, questions: list[dict]) -> dict[str, np.ndarray]:
   """Of each question N: "N/ids", "N/ids_in_one_call" (by the template with tokenize=True), "N/pixels" (channels last),
-  "N/logits" [S, V] and "N/answer" (greedy). "problems": what the weights and the model did not have in common."""
+  "N/logits" [S, V], "N/answer1" (greedy), "N/answer3" and "N/answer5" (of so many beams). "problems": what the
+  weights and the model did not have in common."""
   import torch
   from PIL import Image
   from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -35,14 +37,15 @@ def ask(folder: Path, questions: list[dict]) -> dict[str, np.ndarray]:
     )
     with torch.no_grad():
       logits = model.eval()(**inputs).logits[0]
-      answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+      ask = lambda beams: model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=beams)
+      answers = {beams: ask(beams)[0] for beams in BEAMS}
     length = inputs["input_ids"].shape[1]
     results |= {
       f"{number}/ids": inputs["input_ids"][0].numpy(),
       f"{number}/ids_in_one_call": in_one_call["input_ids"][0].numpy(),
       f"{number}/logits": logits.numpy(),
-      f"{number}/answer": answer[0, length:].numpy(),
     }
+    results |= {f"{number}/answer{beams}": answer[length:].numpy() for beams, answer in answers.items()}
     if pictures:
       results[f"{number}/pixels"] = inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)
   return results

@@ -23,6 +23,7 @@ from mllm_jax.data.aspects import Square
 from mllm_jax.data.patches import unpatchify
 from mllm_jax.data.processor import Processor, collate
 from mllm_jax.inference.engine import Engine
+from mllm_jax.inference.requests import Request
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm
 from mllm_jax.weights import folder
@@ -62,19 +63,20 @@ def exported(workspace, tokenizer_folders):
 
 @pytest.fixture(scope="module")
 def ours(exported, tokenizer_folders):
-  """{kind: [(row, logits, answer, end-of-sequence id) of each question]}."""
+  """{kind: [(row, logits, answers by BEAMS, end-of-sequence id) of each question]}."""
   files, results = pictures(), {}
   forward = jax.jit(lambda model, batch: model.logits(batch))
   for kind, (_, model) in exported.items():
     config, tokenizer = MODELS[kind], chat.load_tokenizer(str(tokenizer_folders[kind]))
     processor = Processor(tokenizer, Square(config.vision, projectors.tokens_per_crop(config)), "vicuna_v1", PLACES, 2)
-    engine, results[kind] = Engine(model, tokenizer.eos_id), []
+    engine, results[kind] = Engine(model, processor, rows=max(ask_transformers.BEAMS)), []
     for turns, names, system in CONVERSATIONS.values():
       pictures_of_row = [files[name] for name in names]
       row = processor.prompt(turns, pictures_of_row, system=system)
       # of one length, so that there is one compilation for all
       batch = collate([processor.prompt(turns, pictures_of_row, PLACES, system)])
-      answer = engine.generate(batch, ask_transformers.NEW_TOKENS)[0]
+      requests = [Request(row, ask_transformers.NEW_TOKENS, beams=beams) for beams in ask_transformers.BEAMS]
+      answer = [list(engine.answer([request])[0].ids) for request in requests]
       logits = np.asarray(forward(model, batch))[0, : len(row.tokens)]
       results[kind].append((row, logits, answer, tokenizer.eos_id))
   return results
@@ -171,15 +173,18 @@ def test_pictures_have_our_pixel_values(theirs, ours, version, kind):
 
 @EVERY
 @KINDS
-def test_logits_and_greedy_answers_are_ours(theirs, ours, version, kind):
-  for number, (name, (_, logits, answer, eos_id)) in enumerate(zip(CONVERSATIONS, ours[kind])):
+def test_logits_and_answers_are_ours(theirs, ours, version, kind):
+  for number, (name, (_, logits, answers, eos_id)) in enumerate(zip(CONVERSATIONS, ours[kind])):
     get = lambda key: theirs[version][f"{kind}/{number}/{key}"]
     # float32 sums in another order
     np.testing.assert_allclose(get("logits")[:, : logits.shape[1]], logits, atol=1e-4 * np.abs(logits).max())
     assert get("logits").argmax(1).max() < logits.shape[1], name
-    generated = get("answer").tolist()
-    assert (generated[: generated.index(eos_id)] if eos_id in generated else generated) == answer, name
-  assert len({tuple(answer) for _, _, answer, _ in ours[kind]}) > 1  # not the same to every question
+    for beams, answer in zip(ask_transformers.BEAMS, answers):
+      generated = get(f"answer{beams}").tolist()
+      assert (generated[: generated.index(eos_id)] if eos_id in generated else generated) == answer, (name, beams)
+  greedy, *searched = zip(*(answers for _, _, answers, _ in ours[kind]))
+  assert len(set(map(tuple, greedy))) > 1  # not the same to every question
+  assert any(found != greedy for found in searched)
 
 
 def test_the_template_takes_contents_of_every_kind(exported):

@@ -17,6 +17,7 @@ FIGURES = {
   "cropping": {"overview", "tokens", "patches", "features", "squares", "maps", "details"},
   "windows": {"overview", "tokens", "patches", "features", "maps"},
   "pooling": {"overview", "tokens", "patches", "features", "maps"},
+  "shuffled": {"slices", "overview", "tokens", "patches", "features", "squares", "maps", "details"},
   "hiwin": {"slices", "overview", "tokens", "crop", "features-0", "pyramid-2", "bilinear-2"}
   | {"windows", "window-0", "window-2"},
   "bilinear": {"slices", "overview", "tokens", "crop", "features-0", "pyramid-1", "windows", "window-1"},

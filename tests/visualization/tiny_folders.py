@@ -18,6 +18,7 @@ KINDS = {
   "cropping": ProjectorConfig(stride=1, dfi_kernel=2, conv_width=8),
   "pooling": ProjectorConfig(maps="pooling", sizes=(1, 3, 4), dfi_kernel=0, conv_width=8),
   "windows": ProjectorConfig(sfe="windows", window=2, window_strides=(1, 2), dfi_kernel=0, conv_width=8),
+  "shuffled": ProjectorConfig(kind="spatial_shuffle", stride=1, dfi_kernel=2, conv_width=8),
   "hiwin": UHD,
   "bilinear": dataclasses.replace(UHD, pyramid="bilinear", levels=(1,), pooling="pyramid", organisation="slices"),
   "uhd_v1": dataclasses.replace(UHD, kind="uhd_v1", pyramid="none", levels=(0,)),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mllm_jax.config import CLIP_MEAN, DecoderConfig, LoraConfig, VisionConfig
+from mllm_jax.config import CLIP_MEAN, ConfigError, DecoderConfig, LoraConfig, VisionConfig
 from mllm_jax.weights import assemble, clip, known, llama, mistral, peft, qwen2, siglip
 from mllm_jax.weights.io import WeightsError
+from mllm_jax.weights.side_files.files import text_config
 
 CLIP = {
   "hidden_size": 1024,
@@ -174,6 +175,16 @@ def test_mistral(tmp_path):
   ):
     with pytest.raises(WeightsError, match=f"config.json.*{named}"):
       mistral.read_config(write(tmp_path, first | change))
+
+
+@pytest.mark.parametrize("name", [name for name, it in known.PUBLISHED.items() if isinstance(it.config, DecoderConfig)])
+def test_what_is_written_of_a_decoder_is_read_again(name):
+  config = known.PUBLISHED[name].config
+  content = text_config(config) | {"vocab_size": config.vocab_size}
+  parse = {"llama": llama.parse, "mistral": mistral.parse, "qwen2": qwen2.parse}[content["model_type"]]
+  assert parse(content, "config.json") == config
+  with pytest.raises(ConfigError, match="attention_bias and decoder.sliding_window=9"):
+    text_config(DecoderConfig(attention_bias=True, sliding_window=9))
 
 
 def test_qwen2_5_is_qwen2(tmp_path):

@@ -244,6 +244,9 @@ def test_what_the_released_code_would_not_load_is_refused(tokenizer_folders, tmp
   source = tokenizer_folders["spm_new"]
   with pytest.raises(ConfigError, match="no class for Qwen2"):
     official(tmp_path, source, ModelConfig(decoder=QWEN.decoder))
+  for change in (dict(sliding_window=4096), dict(rope_factor=8.0)):
+    with pytest.raises(ConfigError, match="no class for Mistral and none for Llama 3.1"):
+      official(tmp_path, source, ModelConfig(decoder=DecoderConfig(**change)))
   with pytest.raises(ConfigError, match="head_width=8"):
     official(tmp_path, source, ModelConfig(decoder=VICUNA.decoder))
   with pytest.raises(ConfigError, match="CLIP towers only"):

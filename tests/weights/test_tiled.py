@@ -67,7 +67,7 @@ def test_tiles_need_the_token(tmp_path):
 
   with pytest.raises(ConfigError, match="image_aspect=anyres needs model.projector.image_newline=True"):
     build.make_aspect(layouts.model(), None, DataConfig(image_aspect="anyres"))
-  with pytest.raises(ConfigError, match="image_aspect='square' is unknown; known: pad, anyres, slices"):
+  with pytest.raises(ConfigError, match="image_aspect='square' is unknown; known: pad, anyres, tiles, slices"):
     build.make_aspect(layouts.model(), None, DataConfig(image_aspect="square"))
   with pytest.raises(ConfigError, match="image_aspect=slices needs a projector .*hiwin.*kind is 'mlp2x_gelu'"):
     build.make_aspect(layouts.model(), None, DataConfig(image_aspect="slices"))

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from mllm_jax.config import ANY_ASPECT, ConfigError, ModelConfig, ProjectorConfig, VisionConfig
-from mllm_jax.models.projectors import mlp, spatial, uhd
+from mllm_jax.config import ANY_ASPECT, SHUFFLED, ConfigError, ModelConfig, ProjectorConfig, VisionConfig
+from mllm_jax.models.projectors import mlp, pixel_shuffle, spatial, uhd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Kind:
 KINDS = {
   "spatial": Kind(spatial.make, spatial.tokens_per_crop),
   "mlp2x_gelu": Kind(mlp.make, mlp.tokens_per_crop),
-} | dict.fromkeys(ANY_ASPECT, Kind(uhd.UhdProjector, uhd.tokens_per_crop))
+  **dict.fromkeys(SHUFFLED, Kind(pixel_shuffle.make, pixel_shuffle.tokens_per_crop)),
+  **dict.fromkeys(ANY_ASPECT, Kind(uhd.UhdProjector, uhd.tokens_per_crop)),
+}
 
 
 def kind(config: ModelConfig) -> Kind:
