@@ -54,6 +54,9 @@ PROJECTOR = {
   "sp_mistral": 923_550_208,
   "sp_llama3": 923_550_208,
   "sp_pooling": 923_546_112,
+  "internvl2": internvl_projector(spatial=False),
+  "internvl2_sp_cropping": internvl_projector(spatial=True, biased=True),
+  "internvl2_sp_pooling": internvl_projector(spatial=True),
   "sp_cropping_transformer": 427_968_512,
   "sp_pooling_transformer": 427_968_512,
   "sp_light": 4 * (1456 * 2**10 + 6 * 2**19) + 2**21 + 20_979_712,
@@ -62,9 +65,6 @@ PROJECTOR = {
   "sp_siglip_cropping": 923_550_208,
   "sp_siglip_pooling": 923_546_112,
   "sp_siglip_baseline": 20_979_712,
-  "internvl2": internvl_projector(spatial=False),
-  "internvl2_sp_cropping": internvl_projector(spatial=True, biased=True),
-  "internvl2_sp_pooling": internvl_projector(spatial=True),
   "uhd_v1": uhd_v1_projector(4096),
   "uhd_v2": uhd_projector(4096),
   "uhd_v2_qwen2": uhd_projector(3584),
@@ -106,14 +106,8 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
 # The demos have towers and a decoder of their own: with others at full size they are those of other recipes. The
 # stages of LLaVA-SP's ablations are sp_cropping's, so that the last, which trains more, stands for both.
 SAME_DEMO = (
-  "sp_qwen2_5",
-  "sp_mistral",
-  "sp_llama3",
-  "uhd_v2_qwen2",
-  "sp_siglip_cropping",
-  "sp_siglip_pooling",
-  "sp_siglip_baseline",
-  "sp_pooling_transformer",
+  *("sp_qwen2_5", "sp_mistral", "sp_llama3", "uhd_v2_qwen2"),
+  *("sp_siglip_cropping", "sp_siglip_pooling", "sp_siglip_baseline", "sp_pooling_transformer"),
 )
 ONE_STAGE = ("transformer", "light", "windows", "conv49", "siglip")
 TRACED = [(path, variant) for path in RECIPES for variant in ("", "demo") if not (variant and path.stem in SAME_DEMO)]
@@ -133,8 +127,8 @@ def test_both_stages_trace_at_full_size(path, variant):
     model, flat = build.architecture(config.model, stage.lora), step.flat
     if not variant:
       assert count(flat, "projector/") == PROJECTOR[path.stem]
-      expected = INTERNVIT_300M if path in INTERNVL else SIGLIP_L if "siglip" in path.stem else CLIP_L
-      assert count(flat, "vision/") == expected
+      tower = INTERNVIT_300M if path in INTERNVL else SIGLIP_L if "siglip" in path.stem else CLIP_L
+      assert count(flat, "vision/") == tower
       decoder, adapters, *_ = DECODERS.get(path.stem, DECODERS["vicuna"])
       assert count(flat, "decoder/", without="/lora/") == decoder
       assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (
@@ -259,8 +253,8 @@ def test_the_papers_hyper_parameters(path):
 
 def test_an_unknown_variant_is_an_error():
   with pytest.raises(ConfigError, match="no variant 'demos'; there are :demo and :demo_shapes"):
-    load(RECIPES[0], "demos")
-  assert load(RECIPES[0], "demo_shapes").demo_shapes and not load(RECIPES[0], "demo").demo_shapes
+    load(LLAVA[0], "demos")
+  assert load(LLAVA[0], "demo_shapes").demo_shapes and not load(LLAVA[0], "demo").demo_shapes
 
 
 def test_a_configuration_survives_json_and_an_unknown_field_does_not():
@@ -280,10 +274,10 @@ def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
   config = preflight.in_workdir(load(path), "runs/x")
   text = preflight.explain_missing(preflight.missing_files(config), f"configs/{path.name}")
   for words in (
-    "hf download google/siglip-large-patch16-384 --local-dir weights/siglip-large-patch16-384"
-    if "siglip" in path.stem
-    else "hf download OpenGVLab/InternViT-300M-448px --local-dir weights/internvit-300m-448px"
+    "hf download OpenGVLab/InternViT-300M-448px --local-dir weights/internvit-300m-448px"
     if path in INTERNVL
+    else "hf download google/siglip-large-patch16-384 --local-dir weights/siglip-large-patch16-384"
+    if "siglip" in path.stem
     else "hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
     f"hf download {DECODERS.get(path.stem, DECODERS['vicuna'])[3]} --local-dir {load(path).model.llm}",
     f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",

@@ -101,6 +101,9 @@ class Engine:
     """Forgets a request, and frees its rows. Does nothing about one that is finished or was never there."""
     self._waiting.pop(ticket, None)
     self._running.pop(ticket, None)
+    if not self._running:
+      # Whoever cancels may have interrupted a step, which had given the cache away and not got it back.
+      self._cache, self._size = self._empty, (self._shards, 0)
 
   def step(self) -> list[Event]:
     """Reads in waiting requests as far as rows are free, then gives all running ones a token. What became of each."""
@@ -275,8 +278,8 @@ class Engine:
     return beams * (1 + len(self.end_ids))
 
   def warm_up(self) -> None:
-    """Compiles what requests of up to max_length places need, beams apart, so that none waits for it. Only while
-    nothing runs."""
+    """Compiles what requests of up to max_length places and one picture need, beams apart, so that none waits for it.
+    Only while nothing runs."""
     self._idle()
     longest = self.max_length or self.processor.max_length
     programs, put = self._programs, self._programs.on_devices
@@ -285,6 +288,7 @@ class Engine:
     draws = lambda count: put(Draws.of([(GREEDY, 0, 0)] * count))
     sizes = [size * self._shards for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
     caches = [size for size in CACHE_PLACES if size <= _bucket(longest, CACHE_PLACES)]
+    pictures = [0, *(2**i for i in range((aspect.most_crops - 1).bit_length() + 1))]  # crops of a row
     with self._on_mesh():
       tokens = {}
       for count in sizes:
@@ -295,7 +299,8 @@ class Engine:
             [np.zeros((count, places), np.int32), np.full((count, places), -1), np.ones((count, places))]
           )
           prompts = put(prompts.astype(np.int32))
-          for features in ((), (tokens[count],) * count):
+          for most in pictures:
+            features = (tokens[count],) * (most * count)
             _, _, read = programs.prefill(self._flat, prompts, features, draws(count), candidates=0)
           for size in itertools.product(self._row_sizes, [size for size in caches if size >= places]):
             programs.write(programs.resize(self._empty, *size), read, put(np.full(count, self.rows, np.int32)))

@@ -25,9 +25,8 @@ Architecture = TypeVar("Architecture", VisionConfig, DecoderConfig)
 OUTER = r"(base_model\.)?(model\.)*"
 VISION = (OUTER + r"(vision_tower|vision_model)\..*", "the vision tower, which has a table of its own")
 PROJECTOR = (
-  OUTER
-  + r"((mm_projector|multi_modal_projector|mlp1|conv_\w+|tfm_\w+|(query|key|value)_projector)\..*|query_\d+"
-  + r"|image_newline)",
+  OUTER + r"((mm_projector|multi_modal_projector|mlp1|conv_\w+|tfm_\w+|(query|key|value)_projector)\..*"
+  r"|query_\d+|image_newline)",
   "the projector, which has a table of its own",
 )
 LANGUAGE = (

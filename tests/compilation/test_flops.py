@@ -40,13 +40,13 @@ MLP144 = dataclasses.replace(DECONV, kind="mlp144")
 CASES = {
   "spatial, frozen towers": (SPATIAL, LoraConfig(), recipes.parameter_table(1e-3)),
   "spatial, adapters": (SPATIAL, LORA, recipes.parameter_table(1e-3, 1e-3)),
-  "windows, frozen towers": (WINDOWS, LoraConfig(), recipes.parameter_table(1e-3)),
-  "transformer blocks, frozen towers": (TRANSFORMER, LoraConfig(), recipes.parameter_table(1e-3)),
   "spatial_shuffle, frozen towers": (
     dataclasses.replace(SPATIAL, kind="spatial_shuffle"),
     LoraConfig(),
     recipes.parameter_table(1e-3),
   ),
+  "windows, frozen towers": (WINDOWS, LoraConfig(), recipes.parameter_table(1e-3)),
+  "transformer blocks, frozen towers": (TRANSFORMER, LoraConfig(), recipes.parameter_table(1e-3)),
   "mlp, everything": (ProjectorConfig(kind="mlp2x_gelu"), LoraConfig(), ((".*", 1e-3),)),
   "hiwin on deconvolution, frozen towers": (DECONV, LoraConfig(), recipes.uhd_table(DECONV, 1e-3)),
   "uhd_v1, everything": (V1, LoraConfig(), recipes.uhd_table(V1, 1e-3, vision=1e-3, decoder=1e-3)),

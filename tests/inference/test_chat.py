@@ -67,8 +67,9 @@ class Typed:
 COMMAND = "import os, sys, mllm_jax.chat as c; os.open(os.ttyname(0), os.O_RDWR); sys.exit(c.main(sys.argv[1:]))"
 
 
-def test_a_chat_on_a_terminal(tmp_path, tiny, tokenizer_folder, picture):
-  arrays = {path: np.asarray(x) for path, x in parameters.flatten(tiny)[1].items()}
+def test_a_chat_on_a_terminal(tmp_path, tiny, tokenizer, tokenizer_folder, picture):
+  arrays = {path: np.array(x) for path, x in parameters.flatten(tiny)[1].items()}
+  arrays["decoder/head"][:, tokenizer.eos_id] = 0  # never the likeliest, so that an answer is there to be interrupted
   parts = {"vision": TINY.vision, "decoder": TINY.decoder, "projector": TINY.projector}
   folder.write(tmp_path / "model", folder.Manifest(parts, "vicuna_v1"), InMemory(arrays), tokenizer_folder)
   command = [sys.executable, "-c", COMMAND, f"--model={tmp_path / 'model'}", "--max_new_tokens=3500"]
@@ -86,6 +87,12 @@ def test_a_chat_on_a_terminal(tmp_path, tiny, tokenizer_folder, picture):
     chat.until("\n> [picture] How many?")
     chat.type("\x10\n")  # Ctrl-P: the line before, out of readline's history
     chat.until("\n> [picture] How many?")
+    chat.until("\n> ")
+    chat.type("Again?\n")
+    chat.until("Again?\r\n")
+    chat.more(20)
+    chat.type("\x03")
+    chat.until("[interrupted]")
     chat.type("/reset\n")
     chat.until("/reset\r\n> ")
     chat.type("\x04")  # Ctrl-D

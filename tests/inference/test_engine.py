@@ -121,6 +121,22 @@ def test_a_cancelled_request_frees_its_row(tiny, requests, alone):
   assert {event.ticket for event in events} == {second} and events[-1].answer == alone[0]
 
 
+def test_an_interrupted_step_leaves_an_engine_that_answers(tiny, requests, alone, monkeypatch):
+  """As Ctrl-C does where it comes between a compiled function, which was given the cache, and what it gives back."""
+  engine = Engine(tiny, Plain(), rows=1)
+  stream, decode = engine.stream(requests[0]), engine._programs.decode
+
+  def interrupted(*args, **kwargs):
+    decode(*args, **kwargs)
+    raise KeyboardInterrupt
+
+  next(stream)
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(engine._programs, "decode", interrupted)
+    list(stream)
+  assert engine.answer(requests[:1]) == alone[:1]
+
+
 def test_a_stream_is_the_answer_and_can_be_closed(tiny, requests, alone):
   engine = Engine(tiny, Plain(), rows=1)
   events = list(engine.stream(requests[3]))
@@ -234,7 +250,7 @@ def test_compiles_once_and_nothing_after_warm_up(tiny, requests):
 
 
 class FakeAspect:
-  vision, patches = TINY.vision, TINY.vision.grid**2
+  vision, patches, most_crops = TINY.vision, TINY.vision.grid**2, 1
 
 
 def test_weights_are_arguments_not_constants(tiny):
@@ -272,8 +288,8 @@ from mllm_jax.models.mllm import Mllm
 
 model = Mllm(TINY, rngs=nnx.Rngs(3))
 picture = lambda n: np.full((56, 56, 3), 20 * n, np.uint8)
-requests = [Request(prompt([1, -200, *range(5, 5 + n)], picture(n)), 4) for n in range(1, 4)]
-requests.append(Request(prompt([1, 8]), 4, beams=2))
+requests = [Request(prompt([1, -200, *range(5, 5 + n)], picture(n)), 3) for n in range(1, 4)]
+requests.append(Request(prompt([1, -200, 8], picture(1)), 3, beams=2))
 alone = Engine(model, Plain(), rows=8).answer(requests)
 mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 graphdef, flat = parameters.flatten(model)
@@ -281,6 +297,8 @@ spread = parameters.unflatten(graphdef, jax.device_put(flat, sharding.parameter_
 engine = Engine(spread, Plain(), rows=5, mesh=mesh)
 assert engine.rows == 8
 assert engine.answer(requests) == alone
+engine.submit(requests[0])
+engine.step()
 assert engine._cache.keys.sharding.spec[1] == sharding.BATCH_AXES, engine._cache.keys.sharding
 """
 
