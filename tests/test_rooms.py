@@ -91,6 +91,8 @@ ALLOWED = {
   "evaluate": {"benchmarks", "build", "command_line", "config", "data", "inference", "places", "training"},
   "visualization": {"batch", "config", "data", "models", "page"},
   "visualize": {"build", "command_line", "config", "data", "models", "places", "training", "visualization"},
+  "server": {"data", "inference", "terminal"},
+  "serve": {"build", "command_line", "config", "inference", "places", "server", "terminal"},
   "terminal": {"command_line", "config", "data", "inference", "places", "training"},
   "generate": {"build", "data", "inference", "terminal"},
   "chat": {"build", "data", "inference", "terminal"},

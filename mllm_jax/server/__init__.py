@@ -1,0 +1,1 @@
+"""The server: OpenAI's chat API over one engine, and a page to ask at."""
