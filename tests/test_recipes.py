@@ -185,7 +185,7 @@ def test_vdim_without_files_says_how_to_get_them(tmp_path, monkeypatch):
 
 
 def test_vicuna_13b_has_the_released_size():
-  config = load(RECIPES[0])
+  config = load(LLAVA[0])
   config.model.llm = "weights/vicuna-13b-v1.5"
   _, flat = parameters.flatten(abstract(build.architecture(config.model, config.pretrain.lora)))
   assert count(flat, "decoder/") == VICUNA["13b"]
@@ -236,12 +236,12 @@ def test_the_papers_hyper_parameters(path):
 
 def test_an_unknown_variant_is_an_error():
   with pytest.raises(ConfigError, match="no variant 'demos'; there are :demo and :demo_shapes"):
-    load(RECIPES[0], "demos")
-  assert load(RECIPES[0], "demo_shapes").demo_shapes and not load(RECIPES[0], "demo").demo_shapes
+    load(LLAVA[0], "demos")
+  assert load(LLAVA[0], "demo_shapes").demo_shapes and not load(RECIPES[0], "demo").demo_shapes
 
 
 def test_a_configuration_survives_json_and_an_unknown_field_does_not():
-  config = load(RECIPES[0])
+  config = load(LLAVA[0])
   import json
 
   content = json.loads(json.dumps(to_dict(config)))
