@@ -237,7 +237,7 @@ def test_the_papers_hyper_parameters(path):
 def test_an_unknown_variant_is_an_error():
   with pytest.raises(ConfigError, match="no variant 'demos'; there are :demo and :demo_shapes"):
     load(LLAVA[0], "demos")
-  assert load(LLAVA[0], "demo_shapes").demo_shapes and not load(RECIPES[0], "demo").demo_shapes
+  assert load(LLAVA[0], "demo_shapes").demo_shapes and not load(LLAVA[0], "demo").demo_shapes
 
 
 def test_a_configuration_survives_json_and_an_unknown_field_does_not():
