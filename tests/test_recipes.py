@@ -202,7 +202,7 @@ def test_vdim_without_files_says_how_to_get_them(tmp_path, monkeypatch):
 
 
 def test_vicuna_13b_has_the_released_size():
-  config = load(RECIPES[0])
+  config = load(LLAVA[0])
   config.model.llm = "weights/vicuna-13b-v1.5"
   _, flat = parameters.flatten(abstract(build.architecture(config.model, config.pretrain.lora)))
   assert count(flat, "decoder/") == VICUNA["13b"]
@@ -258,7 +258,7 @@ def test_an_unknown_variant_is_an_error():
 
 
 def test_a_configuration_survives_json_and_an_unknown_field_does_not():
-  config = load(RECIPES[0])
+  config = load(LLAVA[0])
   import json
 
   content = json.loads(json.dumps(to_dict(config)))
