@@ -38,7 +38,7 @@ The same command again keeps what is finished. The digits need no --data and no 
 
 # Steps, pictures a step and learning rate of (a published data set, the digits): chosen here, not the paper's.
 SETTINGS = {
-  "text": ((20_000, 64, 1e-3), (600, 16, 1e-2)),
+  "text": ((20_000, 64, 1e-3), (500, 16, 3e-2)),
   "segmentation": ((10_000, 16, 1e-3), (300, 8, 1e-2)),
   "classes": ((5_000, 32, 1e-3), (300, 16, 1e-2)),
 }

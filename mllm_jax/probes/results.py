@@ -20,7 +20,7 @@ from mllm_jax.run_control import write_json
 from mllm_jax.visualization.page import Figure, Section, files
 
 TASKS = {
-  "text": (Text, "Words read from the columns of the map by a linear head with CTC."),
+  "text": (Text, "Words read by a linear head with CTC from the mean and the maximum of each column of the map."),
   "segmentation": (Segmentation, "The class of each pixel, told by a linear head from its cell of the map."),
   "classes": (Classes, "The class of a picture, told by a linear head from the map's mean and maximum."),
 }

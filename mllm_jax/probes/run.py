@@ -148,7 +148,8 @@ def run(task, data: Data, graphdef, frozen: dict[str, jax.Array], settings: Sett
     for number, (_, batch) in enumerate(batches, 1):
       head, state, loss = step(head, state, frozen, batch)
       if number % LOG_EVERY == 0 or number == settings.steps:
-        seconds, value = time.perf_counter() - since, float(loss)
+        value = float(loss)  # waits for the step
+        seconds = time.perf_counter() - since
         done = (number - 1) % LOG_EVERY + 1
         rate = settings.batch_size * done / seconds
         log.write({"stage": stage, "step": number, "loss": value, "samples_per_s": rate})

@@ -35,7 +35,8 @@ def make(name: str, data: Data, vision: VisionConfig):
 
 
 class Text:
-  """Reading a word: each column of the map, averaged over its rows, gives a letter or none (CTC, Graves et al. 2006).
+  """Reading a word: of each column of the map the head reads the mean and the maximum over its rows, and says a letter or
+  none (CTC, Graves et al. 2006).
 
   As in CRNN (Shi et al. 2017) the picture is brought to one shape whatever its own, here four times as wide as high,
   with no more patches than the tower's square.
@@ -67,8 +68,8 @@ class Text:
     return patchify(pixels, self.side), word
 
   def read(self, maps: jax.Array) -> jax.Array:
-    """[B, h, w, C] -> [B, w, C]."""
-    return maps.mean(1)
+    """[B, h, w, C] -> [B, w, 2 C]."""
+    return jnp.concatenate([maps.mean(1), maps.max(1)], -1)
 
   def loss(self, logits: jax.Array, labels: dict[str, jax.Array]) -> jax.Array:
     """Negative log likelihood of each word by letter, 0 for one that has no path through the columns."""
