@@ -35,8 +35,8 @@ def make(name: str, data: Data, vision: VisionConfig):
 
 
 class Text:
-  """Reading a word: of each column of the map the head reads the mean and the maximum over its rows, and says a letter or
-  none (CTC, Graves et al. 2006).
+  """Reading a word: of each column of the map the head reads the mean and the maximum over its rows, and says a letter
+  or none (CTC, Graves et al. 2006).
 
   As in CRNN (Shi et al. 2017) the picture is brought to one shape whatever its own, here four times as wide as high,
   with no more patches than the tower's square.
