@@ -99,12 +99,17 @@ def order(count: int, settings: Settings) -> Iterator[np.ndarray]:
     rest = rest[settings.batch_size :]
 
 
+def schedule(settings: Settings) -> optax.Schedule:
+  """The learning rate of each step, counted from 0."""
+  return optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
+
+
 def programs(task, graphdef, settings: Settings):
   """(optimizer, step, predict), both compiled once for a shape of batches.
 
   step: (head, optimizer's state, frozen parameters, batch) -> (head, state, loss). predict: (head, frozen, patches).
   """
-  optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
+  optimizer = optax.adam(schedule(settings))
 
   def read(frozen, patches):
     model: Frozen = parameters.unflatten(graphdef, frozen)
@@ -141,39 +146,52 @@ def run(task, data: Data, graphdef, frozen: dict[str, jax.Array], settings: Sett
   start = time.perf_counter()
   optimizer, step, predict = programs(task, graphdef, settings)
   head = new_head(task, graphdef, frozen)
-  state = optimizer.init(head)
-  rows, loss, since = Rows(task, data.train, settings.batch_size), None, time.perf_counter()
-  batches = rows.batches(order(len(data.train), settings))
+  rows = Rows(task, data.train, settings.batch_size)
+  head = teach(step, head, optimizer.init(head), frozen, rows, settings, stage, log)
+  tests = Rows(task, data.test, settings.batch_size)
+  metrics, shown = examine(predict, head, frozen, tests, stage)
+  named = {name.replace(" ", "_"): value for name, value in metrics.items()}
+  log.write({"stage": stage, "step": settings.steps, **named})
+  return Outcome(
+    metrics,
+    tests.seen - tests.unreadable,
+    rows.unreadable + tests.unreadable,
+    {name: np.asarray(value) for name, value in head.items()},
+    shown,
+    time.perf_counter() - start,
+  )
+
+
+def teach(step, head, state, frozen, rows: Rows, settings: Settings, stage: str, log) -> dict[str, jax.Array]:
+  """All steps, each on the next batch; every tenth is logged."""
+  since, logged = time.perf_counter(), 0
   with tqdm(total=settings.steps, desc=stage, unit="step", dynamic_ncols=True) as bar:
-    for number, (_, batch) in enumerate(batches, 1):
+    for number, (_, batch) in enumerate(rows.batches(order(len(rows.examples), settings)), 1):
       head, state, loss = step(head, state, frozen, batch)
-      if number % LOG_EVERY == 0 or number == settings.steps:
-        value = float(loss)  # waits for the step
-        seconds = time.perf_counter() - since
-        done = (number - 1) % LOG_EVERY + 1
-        rate = settings.batch_size * done / seconds
-        log.write({"stage": stage, "step": number, "loss": value, "samples_per_s": rate})
-        bar.set_postfix(loss=f"{value:.3f}", samples_per_s=f"{rate:.1f}")
-        since = time.perf_counter()
       bar.update()
-  unreadable, total, shown = rows.unreadable, 0, []
-  rows = Rows(task, data.test, settings.batch_size)
-  indices = np.arange(len(data.test))
-  chosen = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
-  for these, batch in tqdm(rows.batches(chosen), total=len(chosen), desc=f"{stage}, test", dynamic_ncols=True):
+      if number % LOG_EVERY and number < settings.steps:
+        continue
+      value = float(loss)  # waits for the step
+      rate = settings.batch_size * (number - logged) / (time.perf_counter() - since)
+      learning_rate = float(schedule(settings)(number - 1))
+      log.write({"stage": stage, "step": number, "loss": value, "learning_rate": learning_rate, "samples_per_s": rate})
+      bar.set_postfix(loss=f"{value:.3f}", samples_per_s=f"{rate:.1f}")
+      since, logged = time.perf_counter(), number
+  return head
+
+
+def examine(predict, head, frozen, rows: Rows, stage: str) -> tuple[dict[str, float], list]:
+  """(metrics, the first tests as `Outcome.shown`) of a head on all rows."""
+  total, shown, task, examples = 0, [], rows.task, rows.examples
+  everything = np.arange(len(examples))
+  chosen = [everything[i : i + rows.batch_size] for i in range(0, len(examples), rows.batch_size)]
+  for indices, batch in tqdm(rows.batches(chosen), total=len(chosen), desc=f"{stage}, test", dynamic_ncols=True):
     said = np.asarray(predict(head, frozen, batch["patches"]))
     for place in np.flatnonzero(batch["weights"]).tolist():
-      example = data.test[these[place]]
+      example = examples[indices[place]]
       labels = {name: values[place] for name, values in batch["labels"].items()}
       true, guess, counts = task.examine(example, labels, said[place])
       total = total + counts
       if len(shown) < SHOWN:
         shown.append((np.asarray(example.open()), true, guess))
-  metrics = task.score(total, rows.seen - rows.unreadable)
-  log.write(
-    {"stage": stage, "step": settings.steps, **{name.replace(" ", "_"): value for name, value in metrics.items()}}
-  )
-  head = {name: np.asarray(value) for name, value in head.items()}
-  return Outcome(
-    metrics, rows.seen - rows.unreadable, unreadable + rows.unreadable, head, shown, time.perf_counter() - start
-  )
+  return task.score(total, rows.seen - rows.unreadable), shown
