@@ -6,6 +6,7 @@ put right, 1 where the workdir cannot be written, 130 when interrupted.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -117,32 +118,31 @@ def probe(args: argparse.Namespace) -> None:
   task = tasks.make(args.task, data, vision)
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   args.workdir.mkdir(parents=True, exist_ok=True)
-  log = MetricsLog(args.workdir)
-  for kind in features.KINDS if args.features == "all" else (args.features,):
-    identity = {
-      "task": args.task,
-      "features": kind,
-      "level": 0 if kind == "none" else args.level,
-      "data": "digits" if args.demo else [args.data, args.test or args.data],
-      "pictures": [len(data.train), len(data.test)],
-      "classes": len(data.classes),
-      "settings": dataclasses.asdict(settings),
-      "dtype": dtype,
-      "vision": os.path.basename(os.path.normpath(args.vision)),
-      "tower": build.fingerprint_of(args.vision, "vision"),
-      "vdim": fingerprint(vdim.find(args.vdim)) if kind == "vdim" else "",
-    }
-    if results.finished(args.workdir, args.task, kind, identity):
-      print(f"{args.task}, {kind}: finished before, kept", flush=True)
-      continue
-    graphdef, frozen = features.load(args.vision, vision, kind, args.level, args.vdim, dtype)
-    stage = f"{args.task}_{kind}"
-    log.forget_after(stage, 0)
-    outcome = run.run(task, data, graphdef, frozen, settings, stage, log)
-    results.save(args.workdir, args.task, kind, identity, outcome)
-  log.close()
+  with contextlib.closing(MetricsLog(args.workdir)) as log:
+    for kind in features.KINDS if args.features == "all" else (args.features,):
+      identity = {
+        "task": args.task,
+        "features": kind,
+        "level": 0 if kind == "none" else args.level,
+        "data": "digits" if args.demo else [args.data, args.test or args.data],
+        "pictures": [len(data.train), len(data.test)],
+        "classes": len(data.classes),
+        "settings": dataclasses.asdict(settings),
+        "dtype": dtype,
+        "vision": os.path.basename(os.path.normpath(args.vision)),
+        "tower": build.fingerprint_of(args.vision, "vision"),
+        "vdim": fingerprint(vdim.find(args.vdim)) if kind == "vdim" else "",
+      }
+      if results.finished(args.workdir, args.task, kind, identity):
+        print(f"{args.task}, {kind}: finished before, kept", flush=True)
+        continue
+      graphdef, frozen = features.load(args.vision, vision, kind, args.level, args.vdim, dtype)
+      stage = f"{args.task}_{kind}"
+      log.forget_after(stage, 0)
+      outcome = run.run(task, data, graphdef, frozen, settings, stage, log)
+      results.save(args.workdir, args.task, kind, identity, outcome)
   print(results.summarise(args.workdir), end="")
-  print(f"{args.workdir}/index.html")
+  print(f"{args.workdir}/page/index.html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

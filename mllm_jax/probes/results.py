@@ -17,6 +17,7 @@ from mllm_jax.probes.features import KINDS
 from mllm_jax.probes.run import Outcome
 from mllm_jax.probes.tasks import Classes, Segmentation, Text
 from mllm_jax.run_control import write_json
+from mllm_jax.visualization import folder
 from mllm_jax.visualization.page import Figure, Section, files
 
 TASKS = {
@@ -25,7 +26,7 @@ TASKS = {
   "classes": (Classes, "The class of a picture, told by a linear head from the map's mean and maximum."),
 }
 RESULT = "result.json"
-SIDE = 220  # pixels of a picture's longer side on the page
+SIDE = 170  # pixels of a picture's longer side on the page
 GOLDEN = 0.618034
 
 
@@ -52,13 +53,13 @@ def finished(workdir: Path, task: str, kind: str, identity: Mapping[str, Any]) -
 
 def save(workdir: Path, task: str, kind: str, identity: Mapping[str, Any], outcome: Outcome) -> None:
   """Keeps a finished probe."""
-  folder = workdir / task / kind
-  folder.mkdir(parents=True, exist_ok=True)
-  np.savez(folder / "head.npz", **outcome.head)
+  place = workdir / task / kind
+  place.mkdir(parents=True, exist_ok=True)
+  np.savez(place / "head.npz", **outcome.head)
   arrays = {}
   for number, (picture, true, said) in enumerate(outcome.shown):
     arrays |= {f"picture_{number}": picture, f"true_{number}": true, f"said_{number}": said}
-  np.savez_compressed(folder / "examples.npz", **arrays)
+  np.savez_compressed(place / "examples.npz", **arrays)
   content = {
     "probe": dict(identity),
     "metrics": outcome.metrics,
@@ -66,7 +67,7 @@ def save(workdir: Path, task: str, kind: str, identity: Mapping[str, Any], outco
     "unreadable": outcome.unreadable,
     "seconds": round(outcome.seconds, 1),
   }
-  write_json(folder / RESULT, content)
+  write_json(place / RESULT, content)
 
 
 def summarise(workdir: Path) -> str:
@@ -82,7 +83,7 @@ def summarise(workdir: Path) -> str:
   (workdir / "results.md").write_text(table, encoding="utf-8")
   facts = {"folder": str(workdir), "towers": ", ".join(sorted({one["probe"]["vision"] for one in _all(there)}))}
   sections = [_section(workdir, task, found) for task, found in there.items()]
-  (workdir / "index.html").write_bytes(files("Linear probes on frozen features", facts, sections)["index.html"])
+  folder.write(workdir / "page", files("Linear probes on frozen features", facts, sections), facts)
   return table
 
 

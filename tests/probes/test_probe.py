@@ -1,6 +1,8 @@
 """python -m mllm_jax.probe as a user runs it: data sets made here in their published layouts, a tiny random tower."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -113,8 +115,9 @@ def test_all_features_of_label_maps_side_by_side(towers, tmp_path, capsys):
   assert "| probe | metric | none | bilinear 2x | vdim 2x |" in out and " - " not in out
   assert (workdir / "results.md").read_text() in out
   assert set(json.loads((workdir / "results.json").read_text())["segmentation"]) == set(features.KINDS)
-  page = (workdir / "index.html").read_text()
+  page = (workdir / "page" / "index.html").read_text()
   assert page.count("data:image/png") == 4 * 5 and "<script" not in page  # picture, labels, three answers
+  assert len(list((workdir / "page").glob("*.png"))) == 4 * 5
 
   assert ask(towers, "segmentation", tmp_path / "data", workdir, "--features=all") == 0
   assert capsys.readouterr().out.count("finished before, kept") == 3
@@ -232,6 +235,16 @@ def test_files_that_are_missing_are_told_before_anything_else(towers, tmp_path, 
   (tmp_path / "data").mkdir()
   assert ask(towers, "classes", tmp_path / "data", tmp_path / "run", "--features=none") == 2
   assert "images.txt cannot be read" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_missing_data_are_told_before_anything_heavy_is_imported(tmp_path):
+  command = ["--task=classes", "--features=none", f"--vision={tmp_path}", f"--data={tmp_path}"]
+  code = (
+    f"import sys\nfrom mllm_jax import probe\nassert probe.main({command!r}) == 2\n"
+    "heavy = {'jax', 'flax', 'optax', 'transformers', 'grain'} & set(sys.modules)\nassert not heavy, heavy"
+  )
+  done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+  assert done.returncode == 0 and "images.txt cannot be read" in done.stderr, done.stderr
 
 
 def test_a_workdir_that_is_a_file(towers, tmp_path, capsys):
