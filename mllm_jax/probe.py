@@ -67,8 +67,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--classes", type=int, choices=(27, 171), default=27, help="of COCO-Stuff (default: 27 groups)")
   parser.add_argument("--workdir", default="", metavar="DIR", help="default: runs/probes, with --demo runs/probes_demo")
   parser.add_argument("--steps", type=int, metavar="N")
-  parser.add_argument("--batch-size", type=int, metavar="N")
-  parser.add_argument("--learning-rate", type=float, metavar="X")
+  parser.add_argument("--batch_size", type=int, metavar="N")
+  parser.add_argument("--learning_rate", type=float, metavar="X")
   parser.add_argument("--seed", type=int, default=0, metavar="N")
   args = parser.parse_args(argv)
   steps, batch_size, learning_rate = SETTINGS[args.task][args.demo]
@@ -76,7 +76,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   args.batch_size = batch_size if args.batch_size is None else args.batch_size
   args.learning_rate = learning_rate if args.learning_rate is None else args.learning_rate
   if min(args.steps, args.batch_size) < 1 or args.learning_rate <= 0 or args.seed < 0:
-    parser.error("--steps and --batch-size must be 1 or more, --learning-rate above 0, --seed not negative")
+    parser.error("--steps and --batch_size must be 1 or more, --learning_rate above 0, --seed not negative")
   if args.demo and (args.data or args.test):
     parser.error("--demo has its own data; leave out --data and --test")
   if not args.demo and not (args.data and args.vision):

@@ -83,7 +83,7 @@ def write_birds(folder: Path) -> None:
 def ask(towers, task: str, folder: Path, workdir: Path, *options: str) -> int:
   vision, vdim = towers
   command = [f"--task={task}", f"--vision={vision}", f"--vdim={vdim}", f"--data={folder}", f"--workdir={workdir}"]
-  return probe.main([*command, "--level=1", "--steps=60", "--batch-size=4", "--learning-rate=0.03", *options])
+  return probe.main([*command, "--level=1", "--steps=60", "--batch_size=4", "--learning_rate=0.03", *options])
 
 
 def read(workdir: Path, task: str, kind: str) -> dict:
