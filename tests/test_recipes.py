@@ -21,13 +21,27 @@ RECIPES = [path for path in ALL_RECIPES if path.stem != "vdim"]  # it has no lan
 
 def uhd_projector(width: int, vision: int = 1024) -> int:
   """Parameters of LLaVA-UHD v2's projector that are used with levels 0 and 2 (reference: its published shapes)."""
-  pyramid = 2 * 6233 + vision**2 + vision
+  return 2 * 6233 + vision**2 + vision + hiwin(width, vision)
+
+
+def hiwin(width: int, vision: int = 1024) -> int:
   levels = 2 * (vision * width + 2 * width)
-  return pyramid + levels + 5 * 144 * width + 4 * 2 * width + 9 * width**2 + 5 * width
+  return levels + 5 * 144 * width + 4 * 2 * width + 9 * width**2 + 5 * width
 
 
 def uhd_v1_projector(width: int, vision: int = 1024) -> int:
   return 2 * 144 * width + vision * width + 3 * 2 * width + 5 * width**2 + 4 * width
+
+
+def convnext(widths: tuple[int, ...], depths: tuple[int, ...]) -> int:
+  """Of ConvNeXt (Liu et al. 2022, figure 4) without what is behind its last stage."""
+  blocks = sum(depth * (49 * c + c + 2 * c + 8 * c * c + 5 * c + c) for c, depth in zip(widths, depths))
+  halved = sum(2 * a + 4 * a * b + b for a, b in zip(widths, widths[1:]))
+  return 49 * widths[0] + 2 * widths[0] + blocks + halved
+
+
+def lateral(width: int, vision: int = 1024) -> int:
+  return 2 * width + (width + 1) * vision
 
 
 PROJECTOR = {
@@ -37,6 +51,10 @@ PROJECTOR = {
   "uhd_v1": uhd_v1_projector(4096),
   "uhd_v2": uhd_projector(4096),
   "uhd_v2_qwen2": uhd_projector(3584),
+  "uhd_v2_13b": uhd_projector(5120),
+  "uhd_bilinear": hiwin(4096),
+  "uhd_deconv": hiwin(4096) + 2 * (1024 + 1) * 4 * 1024,
+  "uhd_convnext": hiwin(4096) + convnext((192, 384, 768, 1536), (3, 3, 27, 3)) + lateral(1536) + lateral(384),
 }
 QWEN2_7B = 7_615_616_512
 LLAVA = [path for path in RECIPES if not path.stem.startswith("uhd")]
@@ -58,9 +76,12 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
   return sum(math.prod(x.shape) for path, x in flat.items() if path.startswith(starts) and without not in path)
 
 
-# The demo with Qwen2's recipe has the demo's own Llama, and so is uhd_v2's.
+# The demos with other decoders' recipes have the demo's own Llama, and so are uhd_v2's.
 TRACED = [
-  (path, variant) for path in RECIPES for variant in ("", "demo") if (path.stem, variant) != ("uhd_v2_qwen2", "demo")
+  (path, variant)
+  for path in RECIPES
+  for variant in ("", "demo")
+  if (path.stem, variant) not in (("uhd_v2_qwen2", "demo"), ("uhd_v2_13b", "demo"))
 ]
 
 
@@ -78,7 +99,9 @@ def test_both_stages_trace_at_full_size(path, variant):
     if not variant:
       assert count(flat, "projector/") == PROJECTOR[path.stem]
       assert count(flat, "vision/") == VISION_L_OF_23_LAYERS
-      assert count(flat, "decoder/", without="/lora/") == (QWEN2_7B if "qwen2" in path.stem else VICUNA["7b"])
+      assert count(flat, "decoder/", without="/lora/") == (
+        QWEN2_7B if "qwen2" in path.stem else VICUNA["13b" if "13b" in path.stem else "7b"]
+      )
       assert count(flat, "decoder/layers") - count(flat, "decoder/layers", without="/lora/") == (
         LORA_7B if name == "finetune" and path in LLAVA else 0
       )
@@ -149,20 +172,14 @@ def test_vdim_without_files_says_how_to_get_them(tmp_path, monkeypatch):
     load(path, "demos")
 
 
-def test_vicuna_13b_has_the_released_size():
-  config = load(RECIPES[0])
-  config.model.llm = "weights/vicuna-13b-v1.5"
-  _, flat = parameters.flatten(abstract(build.architecture(config.model, config.pretrain.lora)))
-  assert count(flat, "decoder/") == VICUNA["13b"]
-
-
 @pytest.mark.parametrize("path", UHD, ids=lambda path: path.stem)
 def test_the_hyper_parameters_of_llava_uhd(path):
   config = load(path)
   rates = [dict(stage.parameters) for stage in (config.pretrain, config.finetune)]
-  assert [rate[recipes.RESAMPLER] for rate in rates] == [2e-4 if "qwen2" in path.stem else 1e-3, 2e-5]
-  assert [rate[recipes.VISION] for rate in rates] == [rate[recipes.DECODER] for rate in rates] == [0.0, 2e-5]
-  if path.stem != "uhd_v1":  # VDIM is trained by itself alone
+  assert [rate[recipes.RESAMPLER] for rate in rates] == [2e-4 if "_v2_" in path.stem else 1e-3, 2e-5]
+  encoder = recipes.CONVNEXT if path.stem == "uhd_convnext" else recipes.VISION
+  assert [rate[encoder] for rate in rates] == [rate[recipes.DECODER] for rate in rates] == [0.0, 2e-5]
+  if "v2" in path.stem:  # VDIM is trained by itself alone
     assert config.stages == "vdim,pretrain,finetune"
     assert all(rate[recipes.PYRAMID] == rate[recipes.PYRAMID_FIXUP] == 0 for rate in rates)
   assert (config.pretrain.batch_size, config.finetune.batch_size) == (256, 128)
@@ -213,7 +230,12 @@ def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
     "hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
     "hf download Qwen/Qwen2-7B-Instruct --local-dir weights/qwen2-7b-instruct"
     if "qwen2" in path.stem
-    else "hf download lmsys/vicuna-7b-v1.5 --local-dir weights/vicuna-7b-v1.5",
+    else "hf download lmsys/vicuna-{0}-v1.5 --local-dir weights/vicuna-{0}-v1.5".format(
+      "13b" if "13b" in path.stem else "7b"
+    ),
+    "convnext_large_mlp.clip_laion2b_ft_soup_320 --local-dir weights/clip-convnext-large"
+    if path.stem == "uhd_convnext"
+    else "",
     f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
     "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json",
     f"--config=configs/{path.name}:demo",

@@ -45,25 +45,23 @@ def test_a_flat_depthwise_convolution_is_the_plain_one():
     check_close(f"{h} x {w}", np.asarray(found)[: h * w], expected.reshape(-1, 3), relative=1e-6)
 
 
-def test_levels_and_their_padding():
-  make = lambda levels: drawn(pyramid.make("convnext", levels, 5, nnx.Rngs(0), WIDTHS, DEPTHS))
-  patches = images()
-  features, grids = jnp.zeros((2, 2, PLACES, 5)), jnp.asarray(GRIDS, jnp.int32).reshape(2, 2, 2)
-  maps = jit(lambda module, *args: module(*args))(make((0, 2)), features, patches.reshape(2, 2, PLACES, -1), grids)
-  assert {level: x.shape for level, x in maps.items()} == {0: (2, 2, 6, 5), 2: (2, 2, 96, 5)}
+def test_levels_their_padding_and_gradients():
+  """Leading axes, zeros beyond each map whatever stood in the patches there, and a gradient for every parameter."""
+  module = drawn(pyramid.make("convnext", (0, 3), 5, nnx.Rngs(0), WIDTHS, DEPTHS))
+  graphdef, flat = parameters.flatten(module)
+  inputs = jnp.zeros((2, 2, PLACES, 5)), images().reshape(2, 2, PLACES, -1), jnp.asarray(GRIDS, jnp.int32)
+
+  def total(flat):
+    maps = parameters.unflatten(graphdef, flat)(*inputs[:2], inputs[2].reshape(2, 2, 2))
+    return sum(jnp.sin(x).sum() for x in maps.values()), maps
+
+  gradients, maps = jit(jax.grad(total, has_aux=True))(flat)
+  assert {level: x.shape for level, x in maps.items()} == {0: (2, 2, 6, 5), 3: (2, 2, 384, 5)}
   for level, x in maps.items():
     for one, (h, w) in zip(np.asarray(x).reshape(4, -1, 5), GRIDS):
       assert np.isfinite(one).all() and not one[4**level * h * w :].any()
       assert not h * w or one[: 4**level * h * w].std() > 0.1
-
-
-def test_gradients_reach_every_part():
-  module = drawn(pyramid.make("convnext", (0, 3), 5, nnx.Rngs(0), WIDTHS, DEPTHS))
-  graphdef, flat = parameters.flatten(module)
-  patches = images()
-  inputs = jnp.zeros((len(GRIDS), PLACES, 5)), patches, jnp.asarray(GRIDS, jnp.int32)
-  total = lambda flat: sum(jnp.sin(x).sum() for x in parameters.unflatten(graphdef, flat)(*inputs).values())
-  for path, x in jit(jax.grad(total))(flat).items():
+  for path, x in gradients.items():
     assert np.isfinite(x).all() and np.abs(x).max() > 1e-4, path
 
 
