@@ -77,8 +77,11 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
 
 
 # The demos with other decoders' recipes have the demo's own Llama, and so are uhd_v2's.
+LONG = {("uhd_v2_13b", ""), ("uhd_convnext", "demo")} | {
+  (name, variant) for name in ("uhd_bilinear", "uhd_deconv") for variant in ("", "demo")
+}  # whose parts others trace, and test_suites theirs
 TRACED = [
-  (path, variant)
+  pytest.param(path, variant, marks=pytest.mark.long) if (path.stem, variant) in LONG else (path, variant)
   for path in RECIPES
   for variant in ("", "demo")
   if (path.stem, variant) not in (("uhd_v2_qwen2", "demo"), ("uhd_v2_13b", "demo"))
@@ -170,6 +173,12 @@ def test_vdim_without_files_says_how_to_get_them(tmp_path, monkeypatch):
   assert preflight.missing_files(preflight.in_workdir(load(path, "demo"), "runs/x")) == []
   with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
     load(path, "demos")
+
+
+def test_vicuna_13b_has_the_released_size():
+  config = load(next(path for path in RECIPES if path.stem == "uhd_v2_13b"))
+  _, flat = parameters.flatten(abstract(build.architecture(config.model, config.pretrain.lora)))
+  assert count(flat, "decoder/") == VICUNA["13b"] and count(flat, "projector/") == PROJECTOR["uhd_v2_13b"]
 
 
 @pytest.mark.parametrize("path", UHD, ids=lambda path: path.stem)

@@ -101,7 +101,8 @@ def _windows(model: Mllm, crop: Crop) -> Section:
     )
   text = (
     f"Window {chosen[1] + 1} from the left and {chosen[0] + 1} from the top, marked, is the one with most contrast: it "
-    f"is pooled to {total} tokens ({config.pooling} pooling), which {SETS[config.kind]} attends to. One visual token comes of it."
+    f"is pooled to {total} tokens ({config.pooling} pooling), which {SETS[config.kind]} attends to. One "
+    "visual token comes of it."
   )
   return Section(f"Windows of crop {crop.number}", text, [figures])
 
