@@ -50,6 +50,17 @@ def test_projectors_are_as_large_as_printed(name, whole, sfe):
   assert sum(found.projector.values()) == found.parameters["projector"]
 
 
+def test_convnext_costs_what_its_card_says():
+  """timm's card of CLIP-ConvNeXt-L has 101.1 billion multiplications at 384 pixels; a slice is seen at 768."""
+  convnext, bilinear = summarise("uhd_convnext"), summarise("uhd_bilinear")
+  laterals = 576 * 1536 * 1024 + 16 * 576 * 384 * 1024
+  more = convnext.flops["projector"] - bilinear.flops["projector"]
+  assert more == pytest.approx(7 * 2 * (4 * 101.1e9 + laterals), rel=0.01)
+  assert convnext.flops["vision"] == 0  # the tower's features are not looked at
+  sizes = {name: summary.mib(count) * 2**19 for name, count in convnext.projector.items()}
+  assert sizes["pyramid"] == pytest.approx(196.2e6 + 1920 * 1024, rel=0.003)  # ConvNeXt-L without its classifier
+
+
 def test_tiles_are_counted_with_their_newlines():
   found = summarise(
     "llava15", "--config.finetune.data.image_aspect=anyres", "--config.model.projector.image_newline=True"
