@@ -99,7 +99,7 @@ def test_map_sizes(projector, sizes):
 @pytest.mark.parametrize(
   "change, field",
   [
-    (dict(kind="perceiver"), "projector.kind"),
+    (dict(kind="qformer"), "projector.kind"),
     (dict(maps="sliding"), "projector.maps"),
     (dict(stride=5), "projector.stride"),
     (dict(stride=0), "projector.stride"),
