@@ -10,12 +10,10 @@ from mllm_jax.continuation import check_identity, model_identity, recipe_identit
 
 
 def identity(**projector) -> dict:
-  model = ModelConfig(projector=ProjectorConfig(**projector))
-  return {
-    "stage": "pretrain",
-    "model": model_identity(model),
-    "recipe": recipe_identity(StageConfig(data=DataConfig())),
-  }
+  """As a checkpoint keeps it."""
+  model, stage = ModelConfig(projector=ProjectorConfig(**projector)), StageConfig(data=DataConfig())
+  content = {"stage": "pretrain", "model": model_identity(model), "recipe": recipe_identity(stage)}
+  return json.loads(json.dumps(content))
 
 
 def test_fields_that_are_younger_than_a_checkpoint_count_as_their_defaults(tmp_path):
