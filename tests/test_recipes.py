@@ -128,7 +128,7 @@ SAME_DEMO = (
   *("sp_qwen2_5", "sp_mistral", "sp_llama3", "uhd_v2_qwen2", "uhd_v2_13b"),
   *("sp_siglip_cropping", "sp_siglip_pooling", "sp_siglip_baseline", "sp_pooling_transformer"),
 )
-ONE_STAGE = ("transformer", "light", "windows", "conv49", "siglip")
+ONE_STAGE = ("transformer", "light", "windows", "conv49", "siglip", "convnext")
 LONG = {("uhd_v2_13b", ""), ("uhd_convnext", "demo")} | {
   (name, variant) for name in ("uhd_bilinear", "uhd_deconv") for variant in ("", "demo")
 }  # whose parts others trace, and test_suites theirs

@@ -24,6 +24,7 @@ SHARED_BYTES = 2**16  # arrays of fewer are pickled: a row has several small one
 SHARED_MEMORY = 2**28  # bytes that all processes together may hold results in
 ALIGNMENT = 64
 END_SECONDS = 5.0  # that a process has for ending by itself
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
@@ -107,7 +108,12 @@ class _Process:
     self._process = context.Process(
       target=_serve, args=(theirs, pickle.dumps(function), threads, shared, slots, slot_bytes), daemon=True
     )
-    self._process.start()
+    # The child begins with these signals held back, until it ignores them: one that came before would end it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+      self._process.start()
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # so that a process that has gone is seen as the end of the connection
 
   @property
@@ -223,8 +229,9 @@ def start_worker(*_) -> None:
   Ctrl-C and a scheduler's SIGTERM reach a whole group of processes: the main one finishes its step and then ends its
   workers. One that was killed cannot, and its workers would wait for it for good.
   """
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
   os.environ["JAX_PLATFORMS"] = "cpu"
   if "jax" in sys.modules:
     sys.modules["jax"].config.update("jax_platforms", "cpu")

@@ -175,7 +175,7 @@ def test_the_newline_of_either_projector(kind):
 def with_cache(decoder, config, embeddings, steps):
   length = embeddings.shape[1]
   extend = released.jit(lambda d, e, p, c: d.extend(e, p, c))
-  cache = KVCache.empty(config, 1, length + steps, jnp.float32)
+  cache = KVCache.empty(config, config.layers, 1, length + steps, jnp.float32)
   hidden, cache = extend(decoder, embeddings, jnp.arange(length)[None], cache)
   first_logits = np.asarray(decoder.logits(hidden[0, -1]))
   ids = [int(first_logits.argmax())]

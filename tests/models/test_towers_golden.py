@@ -141,7 +141,7 @@ def generate(decoder, config, embeddings, steps):
   length = embeddings.shape[1]
   extend = released.jit(lambda d, e, p, c: d.extend(e, p, c))
   whole = released.jit(lambda d, e, p, s: d(e, p, s))
-  cache = KVCache.empty(config, 1, length + steps, jnp.float32)
+  cache = KVCache.empty(config, config.layers, 1, length + steps, jnp.float32)
   hidden, cache = extend(decoder, embeddings, jnp.arange(length)[None], cache)
   cached = [int(decoder.logits(hidden[:, -1]).argmax())]
   for step in range(1, steps):
