@@ -145,6 +145,7 @@ def parameters_of(model: Mllm, mesh: Mesh | None) -> tuple[Programs, parameters.
   would copy every layer out of the stack for each token. Their kernels are turned to [out, in] there, which is read
   twice as fast for one row. It is a second copy of the decoder, in the host's memory.
   """
+  model = jax.tree.map(jnp.asarray, model)  # a model of NumPy arrays is put on a device once, not at every call
   graphdef, flat = parameters.flatten(model)
   decoder, own = parameters.flatten(model.decoder)
   layer, stacked = parameters.flatten(model.decoder.layers)
