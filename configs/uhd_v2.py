@@ -2,9 +2,12 @@
 
   python -m mllm_jax.train --config=configs/uhd_v2.py --workdir=runs/uhd_v2
 
-With Vicuna-13B the paper's first stage has another learning rate:
+What the paper compares its parts with, each with these fields of the command line:
 
-  --config.model.llm=weights/vicuna-13b-v1.5 and, for projector/resampler/.* in pretrain.parameters, 2e-4
+  figure 5, other projectors       --config.model.projector.kind=perceiver, or mlp144
+  table 4, other levels            --config.model.projector.levels='(0,1,2)'
+  table 4, the last level's loss   --config.vdim.supervision=last
+  table 6, other poolings          --config.model.projector.pooling=fixed, or pyramid
 
 The small version on handwritten digits in wide, tall and large pictures needs no download:
 

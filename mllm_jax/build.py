@@ -36,7 +36,9 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 from mllm_jax.models.mllm import Mllm, abstract
 from mllm_jax.weights import assemble, folder, vdim_file
+from mllm_jax.weights import convnext as weights_convnext
 from mllm_jax.weights.fingerprint import fingerprint
+from mllm_jax.weights.io import open_weights
 from mllm_jax.weights.known import WeightsError, lookup
 from mllm_jax.weights.mapping import place
 from mllm_jax.weights.quantize import KERNELS, SCALES, Int8, Rounded
@@ -167,6 +169,10 @@ def load_parameters(
   dtypes = stored_dtypes(recipe, shapes, learning_rates)
   targets = placed({path: (shape.shape, dtypes[path]) for path, shape in shapes.items()}, mesh)
   flat = dict(given or {})
+  convnext = {path: x for path, x in targets.items() if path.startswith(weights_convnext.PATH) and path not in flat}
+  if recipe.convnext_weights and convnext:
+    shapes = {path: x.shape for path, x in convnext.items()}
+    flat |= place(weights_convnext.open_convnext(recipe.convnext_weights, shapes), convnext)
   parts = {"vision": config.vision, "decoder": config.decoder, "projector": config.projector}
   for name, path in (("vision", recipe.vision), ("decoder", recipe.llm), ("projector", recipe.projector_weights)):
     wanted = {key: target for key, target in targets.items() if key not in flat and assemble.belongs(key) == name}
@@ -220,8 +226,11 @@ def initialise(config: ModelConfig, targets: dict[str, jax.ShapeDtypeStruct], se
 
 
 def fingerprints(recipe: ModelRecipe) -> dict[str, str]:
-  """Of the frozen halves: {"vision": ..., "llm": ...}."""
-  return {"vision": fingerprint_of(recipe.vision, "vision"), "llm": fingerprint_of(recipe.llm, "decoder")}
+  """Of the frozen halves: {"vision": ..., "llm": ...}, and of a ConvNeXt's weights."""
+  found = {"vision": fingerprint_of(recipe.vision, "vision"), "llm": fingerprint_of(recipe.llm, "decoder")}
+  if recipe.convnext_weights:
+    found["convnext_weights"] = fingerprint(open_weights(recipe.convnext_weights))
+  return found
 
 
 def fingerprint_of(path: str, name: str) -> str:
@@ -326,12 +335,18 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
     if frozen_vdim:
       vdim = InMemory(vdim_file.read(vdim_file.in_run(workdir), frozen_vdim))
       tensors.append(Cast(vdim, jnp.dtype(config.model.frozen_dtype)))
+    convnext = {
+      path: x.shape for path, x in shapes.items() if path.startswith(weights_convnext.PATH) and not rates[path]
+    }
+    if convnext and config.model.convnext_weights:
+      stored = weights_convnext.open_convnext(config.model.convnext_weights, convnext)
+      tensors.append(Cast(stored, jnp.dtype(config.model.frozen_dtype)))
     for part, path in (
       ("vision", config.model.vision),
       ("decoder", config.model.llm),
       ("projector", config.model.projector_weights),
     ):
-      held = wanted.keys() | frozen_vdim.keys()
+      held = wanted.keys() | frozen_vdim.keys() | convnext.keys()
       paths = [key for key in shapes if key not in held and assemble.belongs(key) == part]
       if paths:
         found, stored = part_of(path, part)

@@ -6,6 +6,10 @@ Every stage's real step is compiled at full size for the topology's chips, with 
 downloaded and no accelerator is needed, only its compiler (pip install 'jax[tpu]'). Printed, for one chip: memory,
 FLOPs, traffic, collectives, and the step time that the chip's peak rates allow. Exit status: 0 all stages fit, 1 one
 does not, 2 something to put right first.
+
+  python -m mllm_jax.compile --config=configs/sp_cropping.py --summary
+
+compiles nothing: parameters by part, visual tokens, and the FLOPs of one image at its largest resolution.
 """
 
 import argparse
@@ -23,14 +27,25 @@ from mllm_jax.run_control import write_json
 def arguments() -> argparse.ArgumentParser:
   parser = Parser(prog="python -m mllm_jax.compile", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("--config", required=True, help="the recipe, FILE[:demo]; --config.FIELD=VALUE overrides a field")
-  parser.add_argument("--topology", required=True, help="v4-32, v5e-16, v5p-64, v6e-16, ...; cpu-8: CPU devices")
+  parser.add_argument("--topology", default="", help="v4-32, v5e-16, v5p-64, v6e-16, ...; cpu-8: CPU devices")
   parser.add_argument("--slices", type=int, default=1, help="how many of that, joined by the data centre's network")
   parser.add_argument("--stage", default="", help="one of the recipe's stages only")
   parser.add_argument(
     "--fit", action="store_true", help="search micro-batches, remat and mesh for the fastest that fits"
   )
+  parser.add_argument("--summary", action="store_true", help="sizes and FLOPs only; needs no --topology")
   parser.add_argument("--out", default="", help="JSON file for everything")
   return parser
+
+
+def summarise(config: Config, args: argparse.Namespace) -> int:
+  from mllm_jax.compilation import summary as summary_lib
+
+  found = summary_lib.summarise(config)
+  print(summary_lib.text(found), flush=True)
+  if args.out:
+    write_json(Path(args.out), {"config": args.config, **found.to_json()})
+  return 0
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -75,12 +90,15 @@ def main(argv: list[str]) -> int:
     if wrong:
       raise ConfigError(f"{wrong[0]!r} is no option (see --help)")
     config, _, _ = parse(["compile", f"--config={args.config}", *rest])
-    topologies.parse(args.topology, args.slices)
+    if not args.summary and not args.topology:
+      raise ConfigError("--topology is missing: compile for which chips? Or --summary, which needs none (see --help)")
+    if not args.summary:
+      topologies.parse(args.topology, args.slices)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator that is here is not what is compiled for
     from mllm_jax.weights.errors import WeightsError
 
     try:
-      return run(config, args)
+      return summarise(config, args) if args.summary else run(config, args)
     except WeightsError as error:
       raise ConfigError(str(error)) from error
   except ConfigError as error:

@@ -17,7 +17,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SHUFFLED = ("pixel_shuffle", "spatial_shuffle")  # the projectors that put four patches into a token
-ANY_ASPECT = ("hiwin", "uhd_v1", "mlp144")  # the projectors that take images of any shape
+ANY_ASPECT = ("hiwin", "uhd_v1", "mlp144", "perceiver")  # the projectors that take images of any shape
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Architectures must be hashable by value: they are static parts of compiled functions. They are not frozen only because
@@ -123,9 +123,9 @@ class ProjectorConfig:
   """From patch features to visual tokens.
 
   kind: "spatial" (LLaVA-SP: spatial tokens, then patch tokens) or "mlp2x_gelu" (LLaVA-1.5: patch tokens only); for
-    images of any shape "hiwin" (LLaVA-UHD v2), "uhd_v1" (the resampler of its predecessor) or "mlp144"; for tiles
-    "pixel_shuffle" (InternVL: a token for 2 x 2 patches) or "spatial_shuffle" (spatial tokens of the tile's patches,
-    then those).
+    images of any shape "hiwin" (LLaVA-UHD v2), "uhd_v1" (the resampler of its predecessor), "mlp144" or "perceiver"
+    (what the paper compares with, figure 5); for tiles "pixel_shuffle" (InternVL: a token for 2 x 2 patches) or
+    "spatial_shuffle" (spatial tokens of the tile's patches, then those).
   sfe: what LLaVA-SP's spatial tokens are made by: a "convolution" of each map, or in its ablations a "transformer" for
     each map (table 3) or sliding "windows" instead of maps (table 5); or by a "factorised" convolution, which is light.
   maps: "cropping" (centre crops that grow to the whole map) or "pooling" (the whole map, pooled to growing sizes).
@@ -144,7 +144,9 @@ class ProjectorConfig:
     transformers' fast initialisation really gives at full size).
 
   Of LLaVA-UHD's:
-  pyramid: what makes maps finer than the tower's: "vdim", "bilinear", "deconv"; "none" has level 0 only.
+  pyramid: what makes maps finer than the tower's: "vdim", "bilinear", "deconv"; "convnext" has an encoder of its own
+    instead of the tower; "none" has level 0 only.
+  convnext_widths, convnext_depths: of its four stages; the defaults are CLIP-ConvNeXt-L's.
   levels: of the pyramid; level l has 2^l times the tower's cells along each side.
   query_grid: windows, and tokens of a slice, along each side.
   pooling: cells that a window is pooled to: "selective" by the image's shape (paper, eq. 3), "fixed" (3 x 3) or
@@ -171,6 +173,8 @@ class ProjectorConfig:
   conv_init: str = "uniform"
   image_newline: bool = False
   pyramid: str = "vdim"
+  convnext_widths: tuple[int, ...] = (192, 384, 768, 1536)
+  convnext_depths: tuple[int, ...] = (3, 3, 27, 3)
   levels: tuple[int, ...] = (0, 2)
   query_grid: int = 12
   pooling: str = "selective"
@@ -223,12 +227,14 @@ class ModelRecipe:
   start from instead of a random one.
   vdim_weights: of a projector's VDIM, where the stage "vdim" is not run in the same workdir: what that stage left in
   another one (WORKDIR/vdim/vdim.safetensors), or a released checkpoint.
+  convnext_weights: of a projector's ConvNeXt: a folder or file of transformers', timm's or open_clip's; "": random.
   """
 
   vision: str = "weights/clip-vit-large-patch14-336"
   llm: str = "weights/vicuna-7b-v1.5"
   projector_weights: str = ""
   vdim_weights: str = ""
+  convnext_weights: str = ""
   projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
   dtype: str = "bfloat16"
   frozen_dtype: str = "bfloat16"

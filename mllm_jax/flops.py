@@ -17,6 +17,7 @@ import numpy as np
 
 from mllm_jax.batch import Batch
 from mllm_jax.config import ModelConfig, ProjectorConfig, VdimStage, VisionConfig
+from mllm_jax.models.projectors.convnext import STAGES
 from mllm_jax.models.projectors.hiwin import QUERY_SETS
 from mllm_jax.models.projectors.maps import map_sizes, spatial_tokens
 from mllm_jax.models.projectors.pixel_shuffle import SIDE as SHUFFLED_SIDE
@@ -92,8 +93,10 @@ ROWS = (
   (r"projector/(patch_mlp/)?(in|out)_proj/kernel", BEHIND, lambda s: s.patches / SHUFFLED_SIDE**2),
   (r"projector/resampler/fc[12]/kernel", BEHIND, lambda s: s.crops * s.windows),
   (r"projector/resampler/(attention/)?q_proj/kernel", BEHIND, lambda s: s.passes * s.sets * s.windows),
-  (r"projector/resampler/(attention/)?k_proj/kernel", BEHIND, lambda s: s.passes * (s.folded + s.windows)),
-  (r"projector/resampler/(attention/)?v_proj/kernel", BEHIND, lambda s: s.passes * s.folded),
+  (r"projector/resampler/attention/k_proj/kernel", BEHIND, lambda s: s.passes * (s.folded + s.windows)),
+  (r"projector/resampler/attention/v_proj/kernel", BEHIND, lambda s: s.passes * s.folded),
+  (r"projector/resampler/kv_proj/kernel", FEATURES, lambda s: s.crops * s.cells),
+  (r"projector/resampler/[kv]_proj/kernel", BEHIND, lambda s: s.crops * s.cells),
   (r"projector/resampler/(attention/)?out_proj/kernel", BEHIND, lambda s: s.crops * s.windows * s.sets),
   (r"projector/resampler/(merge|proj)/kernel", BEHIND, lambda s: s.crops * s.windows),
 )
@@ -114,19 +117,28 @@ class _Sizes:
     self.windows = projector.query_grid**2
     self.sets = QUERY_SETS if projector.kind == "hiwin" else 1
     self.levels = projector.levels if projector.kind == "hiwin" else (0,)
+    self.cells = sum(4**level * vision.grid**2 for level in projector.levels)  # that a perceiver's queries attend to
     self.folded = len(self.levels) * (vision.width + 2)  # rows of the matrices that keys and values are folded into
 
 
 def step_flops(model: ModelConfig, shapes: Mapping[str, Any], rates: Mapping[str, float], work: Work) -> float:
   """FLOPs of a step. shapes: every parameter by path; rates: its learning rate, 0 where it is frozen."""
+  return sum(part_flops(model, shapes, rates, work).values())
+
+
+def part_flops(
+  model: ModelConfig, shapes: Mapping[str, Any], rates: Mapping[str, float], work: Work
+) -> dict[str, float]:
+  """The same by part: "vision", "projector", "decoder"."""
   trains = lambda start: any(rate for path, rate in rates.items() if path.startswith(start))
   vision, projector, adapters = trains("vision/"), trains("projector/"), trains("decoder/")
+  convnext = trains("projector/pyramid/convnext/")
   sizes = _Sizes(model.projector, model.vision, work)
   seen = work.patches + work.crops * model.vision.class_token
-  total = 0.0
+  total = dict.fromkeys(("vision", "projector", "decoder"), 0.0)
   for path, x in shapes.items():
     if path.startswith("projector/pyramid/"):
-      rows, inputs = _pyramid_rows(path, x, work), vision
+      rows, inputs = _pyramid_rows(path, x, work), convnext or vision
     elif path.startswith("projector/sfe/") and "/layers/" in path:
       rows, inputs = _block_rows(path, sizes) * path.endswith("/kernel"), vision or projector
     elif path.startswith("projector/"):
@@ -144,15 +156,20 @@ def step_flops(model: ModelConfig, shapes: Mapping[str, Any], rates: Mapping[str
       rows = work.tokens * bool(re.fullmatch(r"decoder/layers/.*(/kernel|/lora/[ab])", path))
       if path == "decoder/head" or (path == "decoder/embedding" and model.decoder.tied_embeddings):
         rows = work.trained
-    total += 2 * rows * math.prod(x.shape) * (1 + bool(rates[path]) + inputs)
+    total[path.partition("/")[0]] += 2 * rows * math.prod(x.shape) * (1 + bool(rates[path]) + inputs)
   query_width = model.decoder.heads * model.decoder.head_width
-  total += 4 * work.pairs * model.decoder.layers * query_width * (3 if vision or projector or adapters else 1)
-  total += 4 * work.patch_pairs * model.vision.layers_used * model.vision.width * (3 if vision else 1)
+  total["decoder"] += (
+    4 * work.pairs * model.decoder.layers * query_width * (3 if vision or projector or adapters else 1)
+  )
+  total["vision"] += 4 * work.patch_pairs * model.vision.layers_used * model.vision.width * (3 if vision else 1)
   if sizes.maps:
-    total += _block_flops(sizes, model.vision.width) * (3 if vision or projector else 1)
+    total["projector"] += _block_flops(sizes, model.vision.width) * (3 if vision or projector else 1)
   if model.projector.any_aspect:
-    total += _pyramid_flops(model.projector, model.vision.width, work, trains("projector/pyramid/"), vision)
-    total += _window_flops(model, sizes, trains("projector/resampler/"), vision)
+    if model.projector.pyramid == "convnext":
+      total["vision"] = 0.0  # nothing looks at the tower's features, and the compiler leaves them out
+    total["projector"] += _pyramid_flops(
+      model.projector, model.vision.width, work, trains("projector/pyramid/"), vision
+    ) + _window_flops(model, sizes, trains("projector/resampler/"), vision)
   return total
 
 
@@ -211,6 +228,12 @@ def _block_flops(s: _Sizes, width: int) -> float:
 
 def _pyramid_rows(path: str, x: Any, work: Work) -> float:
   """Pixels that a layer of a pyramid is applied to: a stage's are those of its level."""
+  convnext = re.fullmatch(
+    r"projector/pyramid/(convnext/stages/(\d)/.*kernel|convnext/stem/kernel|laterals/(\d)/kernel)", path
+  )
+  if convnext:
+    level = int(convnext[3]) if convnext[3] else STAGES - 1 - int(convnext[2] or 0)
+    return work.patches * 4**level
   found = re.fullmatch(
     r"projector/pyramid/(stages/(\d+)/(range_proj|fixup)/\d+|stages/(\d+)|fixup_proj/(\d+))/kernel", path
   )
@@ -239,6 +262,8 @@ def _window_flops(model: ModelConfig, s: _Sizes, trained: bool, inputs: bool) ->
   folded into them, the deviation of each cell; scores, sums of tokens, their values."""
   if model.projector.kind == "mlp144":
     return 0.0
+  if model.projector.kind == "perceiver":
+    return 4 * s.crops * s.windows * s.cells * model.decoder.width * (1 + 2 * trained)
   width, row = model.decoder.width, model.vision.width + 2
   queries = s.windows * s.sets * (width // model.projector.head_width)  # of a crop, each with a score for each token
   total = 0.0

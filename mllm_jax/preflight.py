@@ -33,6 +33,7 @@ DATA_COMMANDS = {
   "train2017": (f"mkdir -p {{folder}} && {COCO} {{folder}}", ""),
 }
 
+CONVNEXT = "timm/convnext_large_mlp.clip_laion2b_ft_soup_320"  # CLIP-ConvNeXt-L's image half
 STAGES = ("vdim", "pretrain", "finetune")
 VDIM_CHOICES = {
   "optimizer": ("nadam", "adam"),
@@ -101,6 +102,9 @@ def missing_files(config: Config) -> list[Missing]:
     found.append(
       Missing("model.projector_weights", config.model.projector_weights, "name a released projector's file, or none")
     )
+  if config.model.convnext_weights and not places.exists(config.model.convnext_weights):
+    path = config.model.convnext_weights
+    found.append(Missing("model.convnext_weights", path, f"hf download {CONVNEXT} --local-dir {path}"))
   if config.model.vdim_weights and "vdim" not in names and not places.exists(config.model.vdim_weights):
     remedy = "name what the stage vdim left in another run (WORKDIR/vdim/vdim.safetensors), a released VDIM, or none"
     found.append(Missing("model.vdim_weights", config.model.vdim_weights, remedy))

@@ -25,6 +25,8 @@ RESAMPLER = r"projector/resampler/.*"
 PYRAMID = r"projector/pyramid/(?!fixup_proj).*"
 PYRAMID_FIXUP = r"projector/pyramid/fixup_proj/.*"  # the last projection of VDIM
 CLIP = "weights/clip-vit-large-patch14-336"
+CONVNEXT = r"projector/pyramid/convnext/.*"
+LATERALS = r"projector/pyramid/(norms|laterals)/.*"  # from ConvNeXt's stages to the tower's width
 DEMO_ASSETS = Path(__file__).parent / "demo" / "assets"
 
 
@@ -166,11 +168,22 @@ def internvl_demo(name: str, projector: ProjectorConfig) -> Config:
 
 
 def uhd_table(
-  projector: ProjectorConfig, resampler: float, vision: float = 0.0, decoder: float = 0.0, fixup: float = 0.0
+  projector: ProjectorConfig,
+  resampler: float,
+  vision: float = 0.0,
+  decoder: float = 0.0,
+  fixup: float = 0.0,
+  convnext: float = 0.0,
 ) -> tuple[tuple[str, float], ...]:
-  """Learning rates of LLaVA-UHD: of what makes the visual tokens, of both towers, and of VDIM's last projection. The
-  rest of VDIM is frozen; a pyramid that no stage of its own prepares learns with the resampler."""
-  pyramid = {"vdim": ((PYRAMID, 0.0), (PYRAMID_FIXUP, fixup)), "deconv": ((PYRAMID, resampler),)}
+  """Learning rates of LLaVA-UHD: of what makes the visual tokens, of both towers, of VDIM's last projection, and of a
+  ConvNeXt, which takes the tower's place. The rest of VDIM is frozen; a pyramid that no stage of its own prepares
+  learns with the resampler."""
+  pyramid = {
+    "vdim": ((PYRAMID, 0.0), (PYRAMID_FIXUP, fixup)),
+    "deconv": ((PYRAMID, resampler),),
+    "convnext": ((CONVNEXT, convnext), (LATERALS, resampler)),
+  }
+  vision = 0.0 if projector.pyramid == "convnext" else vision
   return ((VISION, vision), (DECODER, decoder), (RESAMPLER, resampler), *pyramid.get(projector.pyramid, ()))
 
 
@@ -197,7 +210,12 @@ def uhd(
   return Config(
     name=name,
     stages="vdim,pretrain,finetune" if projector.pyramid == "vdim" else "pretrain,finetune",
-    model=ModelRecipe(vision=CLIP, llm=llm, projector=projector),
+    model=ModelRecipe(
+      vision=CLIP,
+      llm=llm,
+      projector=projector,
+      convnext_weights="weights/clip-convnext-large" if projector.pyramid == "convnext" else "",
+    ),
     vdim=VdimStage(data=DataConfig(path="playground/data/coco/train2017")),
     pretrain=StageConfig(
       data=dataclasses.replace(
@@ -219,7 +237,7 @@ def uhd(
         image_folder="playground/data",
         template=templates[1],
       ),
-      parameters=uhd_table(projector, 2e-5, vision=2e-5, decoder=2e-5),
+      parameters=uhd_table(projector, 2e-5, vision=2e-5, decoder=2e-5, convnext=2e-5),
       batch_size=128,
     ),
   )
@@ -244,7 +262,8 @@ def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
   five times as slow.
   """
   levels = (0,) if projector.pyramid == "none" else (0, 1)
-  projector = dataclasses.replace(projector, query_grid=4, head_width=32, levels=levels)
+  convnext = dict(convnext_widths=(16, 32, 64, 128), convnext_depths=(1, 1, 2, 1))
+  projector = dataclasses.replace(projector, query_grid=4, head_width=32, levels=levels, **convnext)
   base = demo(name, projector)
   slices = dict(image_aspect="slices", max_slices=4)
   return dataclasses.replace(
@@ -256,7 +275,7 @@ def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
       base.pretrain,
       data=dataclasses.replace(base.pretrain.data, **slices | dict(max_slices=1), max_length=96),
       # At 3e-3, as for the other projectors, all tokens become the same within some steps, and stay so.
-      parameters=uhd_table(projector, 7e-4),
+      parameters=uhd_table(projector, 7e-4, convnext=7e-4),
       batch_size=8,
       steps=600,
     ),
@@ -264,7 +283,7 @@ def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
       base.finetune,
       data=dataclasses.replace(base.finetune.data, **slices, batching="pack", max_images=8, max_length=256),
       lora=LoraConfig(),
-      parameters=uhd_table(projector, 5e-4, vision=1e-4, decoder=7e-4),
+      parameters=uhd_table(projector, 5e-4, vision=1e-4, decoder=7e-4, convnext=5e-4),
       batch_size=4,  # rows of two or three conversations
       steps=170,
     ),

@@ -48,9 +48,11 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"projector/pyramid/(stages/\d+/(range_proj|fixup)|fixup_proj)/\d+/kernel", P()),
   (r"projector/pyramid/stages/\d+/(range_temp|sigma_spatial)", P()),
   (r"projector/pyramid/stages/\d+/kernel", P("fsdp", "tensor")),
+  # Few arrays of ConvNeXt's are large but its MLPs', which the first rules spread; the maps stay whole.
+  (r"projector/pyramid/(convnext/.*(kernel|gamma)|laterals/\d/kernel)", P()),
   (r"heads/(downsamplers/\d+/(tap_scale|tap_bias|saliency/kernel)|scales/\d+/linear/kernel)", P()),
   (r"projector/resampler/(.*/)?(queries|pos_embed|level_embeddings)", P()),
-  (r"projector/resampler/(.*/)?(level_projectors/\d+|q_proj|k_proj|v_proj)/kernel", P("fsdp", "tensor")),
+  (r"projector/resampler/(.*/)?(level_projectors/\d+|q_proj|k_proj|v_proj|kv_proj)/kernel", P("fsdp", "tensor")),
   (r"projector/resampler/(.*/)?out_proj/kernel", P("tensor", "fsdp")),
   (r"projector/resampler/(merge|proj)/kernel", P("fsdp", "tensor")),
   (r".*/(bias|scale)", P()),

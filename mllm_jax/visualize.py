@@ -23,12 +23,14 @@ from mllm_jax.visualization import folder
 CONTENT = """what is shown:
   every model               the crops, which place of the sequence shows which, the tower's features of one crop
   LLaVA-UHD (v1, v2)        the levels of the pyramid beside bilinear ones, the windows and how one of them is pooled
+                            with --question, what of the image the answer hangs on at each level
   LLaVA-SP                  what each spatial token sees, and its attention to details
 
 examples:
   python -m mllm_jax.visualize --model=runs/uhd_v2 --image=street.jpg --out=looked
   python -m mllm_jax.visualize --model=models/sp --image=street.jpg --out=looked
   python -m mllm_jax.visualize --model=runs/uhd_v2 --image=street.jpg --crop=3 --out=looked
+  python -m mllm_jax.visualize --model=runs/uhd_v2 --image=street.jpg --question="What is it?" --word=Car --out=looked
 """
 
 
@@ -59,9 +61,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     metavar="N",
     help="which crop is shown in detail (default: 0, the first slice; the page has their numbers)",
   )
+  parser.add_argument("--question", default="", metavar="TEXT", help="about the image, for activations at each level")
+  parser.add_argument(
+    "--word", default="", metavar="TEXT", help="the answer to look at (default: the first token of the model's own)"
+  )
   args = parser.parse_args(argv)
   if args.crop < 0:
     parser.error(f"--crop is {args.crop}; crops are counted from 0")
+  if args.word and not args.question:
+    parser.error(f"--word={args.word} answers a question; add --question")
   if "://" not in args.model and not os.path.isdir(args.model):
     parser.error(f"--model {args.model}: no such folder; name a training run's --workdir, or a model's folder")
   if not os.path.isfile(args.image):
@@ -79,12 +87,14 @@ def visualize(args: argparse.Namespace) -> None:
 
   from mllm_jax.build import load
   from mllm_jax.models.projectors.pixel_shuffle import SIDE
-  from mllm_jax.visualization import crops, page, spatial, uhd
+  from mllm_jax.visualization import activation, crops, page, spatial, uhd
 
   start = time.perf_counter()
   model, processor = load(args.model)
   note(f"{args.model}: read in {time.perf_counter() - start:.1f} s")
   aspect, kind = processor.aspect, model.config.projector.kind
+  if args.question and not model.config.projector.any_aspect:
+    raise ConfigError(f"--question is for models of LLaVA-UHD's kind, which have levels, and this one is of {kind!r}")
   pieces, places = aspect.crops(picture), aspect.places(*picture.size)
   crop = crops.encode(model, pieces, args.crop)
   spatial_tokens = kind in ("spatial", "spatial_shuffle")
@@ -93,6 +103,8 @@ def visualize(args: argparse.Namespace) -> None:
   sections = [crops.slicing(pieces, aspect, picture.size), crops.layout(places, aspect, len(pieces), before)]
   if model.config.projector.any_aspect:
     sections += uhd.sections(model, crop)
+    if args.question:
+      sections.append(activation.section(model, processor, picture, crop, args.question, args.word))
   else:
     sections += spatial.sections(model, crop) if spatial_tokens else [crops.features(crop)]
   facts = {
@@ -117,6 +129,7 @@ def describe(config: ModelConfig) -> str:
     name = "LLaVA-SP" if projector.kind == "spatial" else "InternVL-SP"
     return f"{name}, {projector.variant}" + (", with detail features" if projector.dfi_kernel else "")
   names = {"hiwin": "LLaVA-UHD v2", "uhd_v1": "LLaVA-UHD v1's resampler", "mlp144": "an MLP on resized levels"}
+  names["perceiver"] = "a perceiver"
   name = names[projector.kind]
   return name if projector.kind == "uhd_v1" else f"{name}, pyramid: {projector.pyramid}"
 

@@ -21,9 +21,12 @@ RECIPES = [path for path in ALL_RECIPES if path.stem != "vdim"]  # it has no lan
 
 def uhd_projector(width: int, vision: int = 1024) -> int:
   """Parameters of LLaVA-UHD v2's projector that are used with levels 0 and 2 (reference: its published shapes)."""
-  pyramid = 2 * 6233 + vision**2 + vision
+  return 2 * 6233 + vision**2 + vision + hiwin(width, vision)
+
+
+def hiwin(width: int, vision: int = 1024) -> int:
   levels = 2 * (vision * width + 2 * width)
-  return pyramid + levels + 5 * 144 * width + 4 * 2 * width + 9 * width**2 + 5 * width
+  return levels + 5 * 144 * width + 4 * 2 * width + 9 * width**2 + 5 * width
 
 
 def uhd_v1_projector(width: int, vision: int = 1024) -> int:
@@ -47,6 +50,17 @@ def internvl_projector(
   return mlp + spatial * (kernels * vision * conv + 3 * (2 * conv + conv**2 + conv) + head)
 
 
+def convnext(widths: tuple[int, ...], depths: tuple[int, ...]) -> int:
+  """Of ConvNeXt (Liu et al. 2022, figure 4) without what is behind its last stage."""
+  blocks = sum(depth * (49 * c + c + 2 * c + 8 * c * c + 5 * c + c) for c, depth in zip(widths, depths))
+  halved = sum(2 * a + 4 * a * b + b for a, b in zip(widths, widths[1:]))
+  return 49 * widths[0] + 2 * widths[0] + blocks + halved
+
+
+def lateral(width: int, vision: int = 1024) -> int:
+  return 2 * width + (width + 1) * vision
+
+
 PROJECTOR = {
   "llava15": 20_979_712,
   "sp_cropping": 923_550_208,
@@ -68,6 +82,10 @@ PROJECTOR = {
   "uhd_v1": uhd_v1_projector(4096),
   "uhd_v2": uhd_projector(4096),
   "uhd_v2_qwen2": uhd_projector(3584),
+  "uhd_v2_13b": uhd_projector(5120),
+  "uhd_bilinear": hiwin(4096),
+  "uhd_deconv": hiwin(4096) + 2 * (1024 + 1) * 4 * 1024,
+  "uhd_convnext": hiwin(4096) + convnext((192, 384, 768, 1536), (3, 3, 27, 3)) + lateral(1536) + lateral(384),
 }
 QWEN2_7B = 7_615_616_512
 DECODERS = {  # parameters, those of the paper's adapters, template, repository
@@ -80,6 +98,7 @@ DECODERS = {  # parameters, those of the paper's adapters, template, repository
     (494_032_768, 70_385_664, "internvl2", "Qwen/Qwen2-0.5B-Instruct"),
   ),
   "uhd_v2_qwen2": (QWEN2_7B, 0, "chatml", "Qwen/Qwen2-7B-Instruct"),
+  "uhd_v2_13b": (13_015_864_320, 0, "vicuna_v1", "lmsys/vicuna-13b-v1.5"),
 }
 INTERNVL = [path for path in RECIPES if path.stem.startswith("internvl")]
 LLAVA = [path for path in RECIPES if not path.stem.startswith("uhd") and path not in INTERNVL]
@@ -106,11 +125,19 @@ def count(flat, *starts: str, without: str = "nothing") -> int:
 # The demos have towers and a decoder of their own: with others at full size they are those of other recipes. The
 # stages of LLaVA-SP's ablations are sp_cropping's, so that the last, which trains more, stands for both.
 SAME_DEMO = (
-  *("sp_qwen2_5", "sp_mistral", "sp_llama3", "uhd_v2_qwen2"),
+  *("sp_qwen2_5", "sp_mistral", "sp_llama3", "uhd_v2_qwen2", "uhd_v2_13b"),
   *("sp_siglip_cropping", "sp_siglip_pooling", "sp_siglip_baseline", "sp_pooling_transformer"),
 )
 ONE_STAGE = ("transformer", "light", "windows", "conv49", "siglip")
-TRACED = [(path, variant) for path in RECIPES for variant in ("", "demo") if not (variant and path.stem in SAME_DEMO)]
+LONG = {("uhd_v2_13b", ""), ("uhd_convnext", "demo")} | {
+  (name, variant) for name in ("uhd_bilinear", "uhd_deconv") for variant in ("", "demo")
+}  # whose parts others trace, and test_suites theirs
+TRACED = [
+  pytest.param(path, variant, marks=pytest.mark.long) if (path.stem, variant) in LONG else (path, variant)
+  for path in RECIPES
+  for variant in ("", "demo")
+  if not (variant and path.stem in SAME_DEMO)
+]
 
 
 @pytest.mark.parametrize("path, variant", TRACED, ids=lambda part: getattr(part, "stem", part))
@@ -202,19 +229,19 @@ def test_vdim_without_files_says_how_to_get_them(tmp_path, monkeypatch):
 
 
 def test_vicuna_13b_has_the_released_size():
-  config = load(RECIPES[0])
-  config.model.llm = "weights/vicuna-13b-v1.5"
+  config = load(next(path for path in RECIPES if path.stem == "uhd_v2_13b"))
   _, flat = parameters.flatten(abstract(build.architecture(config.model, config.pretrain.lora)))
-  assert count(flat, "decoder/") == VICUNA["13b"]
+  assert count(flat, "decoder/") == VICUNA["13b"] and count(flat, "projector/") == PROJECTOR["uhd_v2_13b"]
 
 
 @pytest.mark.parametrize("path", UHD, ids=lambda path: path.stem)
 def test_the_hyper_parameters_of_llava_uhd(path):
   config = load(path)
   rates = [dict(stage.parameters) for stage in (config.pretrain, config.finetune)]
-  assert [rate[recipes.RESAMPLER] for rate in rates] == [2e-4 if "qwen2" in path.stem else 1e-3, 2e-5]
-  assert [rate[recipes.VISION] for rate in rates] == [rate[recipes.DECODER] for rate in rates] == [0.0, 2e-5]
-  if path.stem != "uhd_v1":  # VDIM is trained by itself alone
+  assert [rate[recipes.RESAMPLER] for rate in rates] == [2e-4 if "_v2_" in path.stem else 1e-3, 2e-5]
+  encoder = recipes.CONVNEXT if path.stem == "uhd_convnext" else recipes.VISION
+  assert [rate[encoder] for rate in rates] == [rate[recipes.DECODER] for rate in rates] == [0.0, 2e-5]
+  if "v2" in path.stem:  # VDIM is trained by itself alone
     assert config.stages == "vdim,pretrain,finetune"
     assert all(rate[recipes.PYRAMID] == rate[recipes.PYRAMID_FIXUP] == 0 for rate in rates)
   assert (config.pretrain.batch_size, config.finetune.batch_size) == (256, 128)
@@ -280,6 +307,9 @@ def test_without_files_a_run_says_how_to_get_them(path, tmp_path, monkeypatch):
     if "siglip" in path.stem
     else "hf download openai/clip-vit-large-patch14-336 --local-dir weights/clip-vit-large-patch14-336",
     f"hf download {DECODERS.get(path.stem, DECODERS['vicuna'])[3]} --local-dir {load(path).model.llm}",
+    "convnext_large_mlp.clip_laion2b_ft_soup_320 --local-dir weights/clip-convnext-large"
+    if path.stem == "uhd_convnext"
+    else "",
     f"looked in  {tmp_path}/playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
     "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json",
     f"--config=configs/{path.name}:demo",

@@ -68,6 +68,7 @@ ALLOWED = {
   "data_commands": {"batch", "build", "command_line", "config", "data", "demo", "page", "preflight", "weights"},
   "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
   "recipes": {"config"},
+  "suites": set(),
   "preflight": {"config", "data", "places", "weights"},
   "command_line": {"config"},
   "build": {"config", "data", "models", "parameters", "places", "sharding", "training", "weights"},

@@ -11,8 +11,9 @@ from mllm_jax.visualization.crops import NARROW, Crop
 from mllm_jax.visualization.page import Figure, Section
 
 DETAIL = 240  # pixels along the longer side of a window
+SETS = {"hiwin": "four sets of queries that a linear layer merges", "uhd_v1": "one query"}
 LEAST = 6  # pixels between lines that are worth drawing
-NAMES = {"vdim": "VDIM", "bilinear": "Bilinear", "deconv": "Deconvolution"}
+NAMES = {"vdim": "VDIM", "bilinear": "Bilinear", "deconv": "Deconvolution", "convnext": "ConvNeXt"}
 
 
 def sections(model: Mllm, crop: Crop) -> list[Section]:
@@ -25,7 +26,7 @@ def sections(model: Mllm, crop: Crop) -> list[Section]:
     )
   else:
     levels = _pyramid(model, crop)
-  return [levels, _resized(model, crop) if config.kind == "mlp144" else _windows(model, crop)]
+  return [levels, _windows(model, crop) if config.kind in SETS else _without_windows(model, crop)]
 
 
 @jax.jit
@@ -47,26 +48,27 @@ def _pyramid(model: Mllm, crop: Crop) -> Section:
   found, plain = level_maps(model.projector.pyramid, crop), level_maps(pyramid.Bilinear(config.levels), crop)
   finest = 2 ** max(config.levels)
   step = finest * max(1, round(NARROW / (max(crop.grid) * finest)))  # whole pixels for the finest cell
-  shared = pictures.components(crop.map)
+  own = config.pyramid == "convnext"  # which makes level 0 too, and has nothing to do with the tower's features
+  shared = pictures.components(found[config.levels[0]] if own else crop.map)
 
   def figure(name: str, title: str, level: int, features: np.ndarray) -> Figure:
     height, width = features.shape[:2]
     shown = pictures.nearest(pictures.pca_picture(features, shared), step // 2**level)
     return Figure(f"{name}-{level}", shown, f"{title}, level {level}", f"{width} x {height} cells.")
 
-  first = [Figure("crop", crop.enlarged(step), f"Crop {crop.number}"), figure("features", "Features", 0, crop.map)]
-  rows = [first]
-  for level in sorted(set(config.levels) - {0}):
+  first = [Figure("crop", crop.enlarged(step), f"Crop {crop.number}")]
+  rows = [first if own else [*first, figure("features", "Features", 0, crop.map)]]
+  for level in config.levels if own else sorted(set(config.levels) - {0}):
     row = [figure("pyramid", NAMES[config.pyramid], level, found[level])]
-    if config.pyramid != "bilinear":
+    if config.pyramid not in ("bilinear", "convnext"):
       row.append(figure("bilinear", "Bilinear", level, plain[level]))
     rows.append(row)
   text = (
     f"The visual tokens are made of {'level' if len(config.levels) == 1 else 'levels'} "
     f"{', '.join(map(str, config.levels))}. Features as red, green and blue: their first three principal "
-    "components, taken from level 0 and the same in all of these pictures."
+    f"components, taken from level {config.levels[0] if own else 0} and the same in all of these pictures."
   )
-  if config.pyramid != "bilinear":
+  if config.pyramid not in ("bilinear", "convnext"):
     text += " For comparison the same features upsampled bilinearly, which know nothing of the image's edges."
   return Section(f"Pyramid of crop {crop.number}", text, rows)
 
@@ -97,16 +99,19 @@ def _windows(model: Mllm, crop: Crop) -> Section:
     figures.append(
       Figure(f"window-{level}", _pooled(crop, count, level, chosen, (rows, columns)), f"Level {level}", caption)
     )
-  sets = {"hiwin": "four sets of queries that a linear layer merges", "uhd_v1": "one query"}[config.kind]
   text = (
     f"Window {chosen[1] + 1} from the left and {chosen[0] + 1} from the top, marked, is the one with most contrast: it "
-    f"is pooled to {total} tokens ({config.pooling} pooling), which {sets} attends to. One visual token comes of it."
+    f"is pooled to {total} tokens ({config.pooling} pooling), which {SETS[config.kind]} attends to. One "
+    "visual token comes of it."
   )
   return Section(f"Windows of crop {crop.number}", text, [figures])
 
 
-def _resized(model: Mllm, crop: Crop) -> Section:
+def _without_windows(model: Mllm, crop: Crop) -> Section:
   count = model.config.projector.query_grid
+  if model.config.projector.kind == "perceiver":
+    text = f"Each of {count} x {count} queries attends to every cell of all levels, and becomes one visual token."
+    return Section(f"Queries of crop {crop.number}", text, [])
   text = "Every level is resized to this grid bilinearly; a cell of all levels, side by side, becomes one visual token."
   figure = Figure("windows", _grid_lines(crop, count), "Cells", f"{count} x {count}.")
   return Section(f"Cells of crop {crop.number}", text, [[figure]])

@@ -36,6 +36,7 @@ UHD = dict(query_grid=4, head_width=128, pooling="fixed")  # with as many tokens
 DECONV = ProjectorConfig(kind="hiwin", pyramid="deconv", levels=(0, 1), **UHD)
 VDIM = dataclasses.replace(DECONV, pyramid="vdim")
 V1 = ProjectorConfig(kind="uhd_v1", pyramid="none", levels=(0,), organisation="slices", **UHD)
+PERCEIVER = dataclasses.replace(DECONV, kind="perceiver")
 MLP144 = dataclasses.replace(DECONV, kind="mlp144")
 CASES = {
   "spatial, frozen towers": (SPATIAL, LoraConfig(), recipes.parameter_table(1e-3)),
@@ -59,6 +60,11 @@ LONG = {
   ),
   "hiwin on VDIM, frozen towers": (VDIM, LoraConfig(), recipes.uhd_table(VDIM, 1e-3)),
   "hiwin on VDIM, all but VDIM": (VDIM, LoraConfig(), recipes.uhd_table(VDIM, 1e-3, vision=1e-3, decoder=1e-3)),
+  "perceiver on deconvolution, everything": (
+    PERCEIVER,
+    LoraConfig(),
+    recipes.uhd_table(PERCEIVER, 1e-3, vision=1e-3, decoder=1e-3),
+  ),
   "mlp144, everything": (MLP144, LoraConfig(), recipes.uhd_table(MLP144, 1e-3, vision=1e-3, decoder=1e-3)),
 }
 ROWS, PLACES = 2, 128

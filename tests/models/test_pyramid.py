@@ -100,7 +100,7 @@ def test_same_call(kind):
 @pytest.mark.parametrize(
   "kind, levels, message",
   [
-    ("sapa", (0, 2), "'sapa' is unknown; known: vdim, bilinear, deconv, none"),
+    ("sapa", (0, 2), "'sapa' is unknown; known: vdim, bilinear, deconv, convnext, none"),
     ("vdim", (0, 4), r"\(0, 4\) must name some of 0 to 3"),
     ("vdim", (2, 0), r"\(2, 0\) must name some of 0 to 3, in order"),
     ("bilinear", (), r"\(\) must name some of 0 to 3"),

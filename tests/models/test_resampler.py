@@ -1,4 +1,5 @@
-"""What Hiwin attention is compared with: the released v1 resampler, and the MLP on resized maps against loops."""
+"""What Hiwin attention is compared with: the released v1 resampler, and the MLP on resized maps and the perceiver
+against loops."""
 
 import math
 
@@ -13,7 +14,7 @@ from test_windows import draw_maps, flat_maps
 from mllm_jax import parameters
 from mllm_jax.config import ConfigError
 from mllm_jax.models.projectors.hiwin import sincos_table
-from mllm_jax.models.projectors.resampler import Mlp144, UhdV1Resampler
+from mllm_jax.models.projectors.resampler import Mlp144, Perceiver, UhdV1Resampler
 
 GRIDS = [(24, 24), (20, 28), (13, 43)]
 PATCHES = 576
@@ -100,10 +101,45 @@ def test_mlp144_against_loops():
   assert made.fold(jnp.float32) is None
 
 
+def test_perceiver_against_loops():
+  grids, side, width, heads = [(4, 4), (2, 7), (16, 1)], 4, 8, 2
+  graphdef, flat = parameters.flatten(
+    Perceiver((0, 1), side, 6, width, query_grid=2, head_width=width // heads, rngs=nnx.Rngs(0))
+  )
+  random = np.random.default_rng(0)
+  weights = {path: random.normal(size=x.shape) + path.endswith("scale") for path, x in flat.items()}
+  made = parameters.unflatten(graphdef, {path: jnp.asarray(x, jnp.float32) for path, x in weights.items()})
+  maps = {level: draw_maps(grids, 2**level, 6, seed=level) for level in (0, 1)}
+  flats = {level: flat_maps(m, 4**level * 16) for level, m in maps.items()}
+  tokens = jax.jit(lambda made, flats, grids: made(flats, grids))(made, flats, np.asarray(grids, np.int32))
+
+  linear = lambda name, x: x @ weights[f"{name}/kernel"] + weights.get(f"{name}/bias", 0)
+
+  def norm(name, x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt(centred.var(-1, keepdims=True) + 1e-6) * weights[f"{name}/scale"] + weights[f"{name}/bias"]
+
+  queries = linear("q_proj", norm("query_norm", weights["queries"]))
+  for index, row in enumerate(tokens):
+    cells = [bilinear(maps[level][index], side * 2**level).reshape(-1, 6) for level in (0, 1)]
+    cells = norm("key_norm", linear("kv_proj", np.concatenate(cells)))
+    keys, values, found = linear("k_proj", cells), linear("v_proj", cells), []
+    for head in np.split(np.arange(width), heads):
+      scores = np.exp(queries[:, head] @ keys[:, head].T / math.sqrt(len(head)))
+      found.append(scores / scores.sum(-1, keepdims=True) @ values[:, head])
+    expected = linear("out_proj", np.concatenate(found, -1))
+    np.testing.assert_allclose(row, expected, atol=2e-5 * np.abs(expected).max(), err_msg=str(grids[index]))
+
+
 def test_unused_crops_are_finite():
   zero = jnp.zeros((1, 2), jnp.int32)
   maps = {level: jnp.ones((1, 4**level * 16, 4)) for level in (0, 1)}
-  for made in (Mlp144((0, 1), 4, 8, rngs=nnx.Rngs(0)), UhdV1Resampler(4, 8, head_width=4, rngs=nnx.Rngs(0))):
+  rngs = nnx.Rngs(0)
+  for made in (
+    Mlp144((0, 1), 4, 8, rngs=rngs),
+    Perceiver((0, 1), 4, 4, 8, head_width=4, rngs=rngs),
+    UhdV1Resampler(4, 8, head_width=4, rngs=rngs),
+  ):
     tokens = jax.jit(lambda made, maps: made(maps, zero))(made, maps)
     assert tokens.shape == (1, 144, 8) and np.isfinite(tokens).all()
 
@@ -119,5 +155,7 @@ def test_bad_input():
     Mlp144((1, 0), 4, 8, rngs=nnx.Rngs(0))
   with pytest.raises(ConfigError, match="projector.query_grid=0 must be at least 1"):
     Mlp144((0,), 4, 8, query_grid=0, rngs=nnx.Rngs(0))
+  with pytest.raises(ConfigError, match="width 10 must be a multiple of its head width 4"):
+    Perceiver((0,), 4, 4, 10, head_width=4, rngs=nnx.Rngs(0))
   with pytest.raises(ConfigError, match="width 10 must be a multiple of its head width 4"):
     UhdV1Resampler(4, 10, head_width=4, rngs=nnx.Rngs(0))

@@ -22,6 +22,7 @@ FIGURES = {
   | {"windows", "window-0", "window-2"},
   "bilinear": {"slices", "overview", "tokens", "crop", "features-0", "pyramid-1", "windows", "window-1"},
   "uhd_v1": {"slices", "overview", "tokens", "patches", "features", "windows", "window-0"},
+  "perceiver": {"slices", "overview", "tokens", "crop", "pyramid-0", "pyramid-1"},
   "mlp144": {"slices", "overview", "tokens", "crop", "features-0", "pyramid-1", "bilinear-1", "windows"},
 }
 

@@ -22,6 +22,14 @@ KINDS = {
   "hiwin": UHD,
   "bilinear": dataclasses.replace(UHD, pyramid="bilinear", levels=(1,), pooling="pyramid", organisation="slices"),
   "uhd_v1": dataclasses.replace(UHD, kind="uhd_v1", pyramid="none", levels=(0,)),
+  "perceiver": dataclasses.replace(
+    UHD,
+    kind="perceiver",
+    pyramid="convnext",
+    levels=(0, 1),
+    convnext_widths=(4, 4, 8, 8),
+    convnext_depths=(1, 1, 1, 1),
+  ),
   "mlp144": dataclasses.replace(UHD, kind="mlp144", pyramid="deconv", levels=(0, 1)),
 }
 

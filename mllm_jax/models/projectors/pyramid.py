@@ -2,7 +2,7 @@
 
 VDIM is the paper's own; the others are what its table 3 compares it with. There is no released code of those: bilinear
 upsampling is of the features to each level at once, and a deconvolution is a transposed convolution of 2 x 2 pixels
-with stride 2, one for each level, each fed with the level below.
+with stride 2, one for each level, each fed with the level below. A ConvNeXt's stages are in `convnext`.
 """
 
 import math
@@ -15,17 +15,25 @@ from mllm_jax.config import ConfigError
 from mllm_jax.models import flat
 from mllm_jax.models.adaptive_conv import adaptive_conv
 from mllm_jax.models.layers import Linear, uniform
+from mllm_jax.models.projectors.convnext import ConvNextPyramid
 from mllm_jax.models.projectors.vdim import LEVELS, Vdim
 
-KINDS = ("vdim", "bilinear", "deconv", "none")
+KINDS = ("vdim", "bilinear", "deconv", "convnext", "none")
 
 
-def make(kind: str, levels: tuple[int, ...], width: int, rngs: nnx.Rngs) -> nnx.Module:
+def make(
+  kind: str,
+  levels: tuple[int, ...],
+  width: int,
+  rngs: nnx.Rngs,
+  convnext_widths: tuple[int, ...] = (),
+  convnext_depths: tuple[int, ...] = (),
+) -> nnx.Module:
   """The pyramid of this kind, one of KINDS, with C = `width` channels. Level l is 2^l times as high and wide.
 
   All have the same call: (features [..., P, C], patches float32 [..., P, side * side * 3], grids int32 [..., 2],
   dropout_key=None) -> {level: flat map [..., 4^l P, C] of (2^l h, 2^l w), padding 0} with the levels asked for. Only
-  VDIM looks at the patches and uses the key.
+  VDIM and ConvNeXt look at the patches, VDIM alone uses the key, and ConvNeXt does not look at the features.
 
   Raises ConfigError for an unknown kind, and for levels that there are not.
   """
@@ -44,6 +52,8 @@ def make(kind: str, levels: tuple[int, ...], width: int, rngs: nnx.Rngs) -> nnx.
     return Features()
   if kind == "bilinear":
     return Bilinear(levels)
+  if kind == "convnext":
+    return ConvNextPyramid(levels, width, convnext_widths, convnext_depths, rngs=rngs)
   if levels == (0,):
     raise ConfigError(f"projector.pyramid={kind!r} has nothing to do with projector.levels=(0,); use 'none'")
   if kind == "deconv":

@@ -1,14 +1,17 @@
-"""What hierarchical window attention is compared with: LLaVA-UHD v1's resampler, and an MLP on resized maps.
+"""What hierarchical window attention is compared with: LLaVA-UHD v1's resampler, an MLP on resized maps, and a
+perceiver whose queries see everything.
 
-Both are called like `HiwinAttention` and give as many tokens.
+All are called like `HiwinAttention` and give as many tokens.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.config import ConfigError
-from mllm_jax.models.layers import LayerNorm, Linear, normal
+from mllm_jax.models.layers import LayerNorm, Linear, normal, uniform
 from mllm_jax.models.projectors.hiwin import (
   NORM_EPS,
   Folded,
@@ -88,6 +91,62 @@ class Mlp144(nnx.Module):
     resized = [resize(levels[level], grids * 2**level, self.query_grid) for level in self.levels]
     gelu = lambda x: jax.nn.gelu(x, approximate=False)
     return self.fc2(gelu(self.fc1(gelu(jnp.concatenate(resized, -1)))))
+
+
+class Perceiver(nnx.Module):
+  """g x g queries that attend to every cell of every level (LLaVA-UHD v2, figure 5a, as the released code's
+  `percive_sampler` computes): without windows and without positions beyond those in the features.
+
+  As released a level is resized to the tower's own square, 2^l times as fine, whatever the shape of the crop, and all
+  levels share one projection. Raises ConfigError for levels that do not grow, or a width that heads do not divide.
+  """
+
+  def __init__(
+    self,
+    levels: tuple[int, ...],
+    grid: int,
+    vision_width: int,
+    width: int,
+    *,
+    query_grid: int = 12,
+    head_width: int = 128,
+    rngs: nnx.Rngs,
+  ):
+    check_levels(levels)
+    if head_width < 1 or width % head_width or query_grid < 1:
+      raise ConfigError(
+        f"the projector's width {width} must be a multiple of its head width {head_width}, and "
+        f"projector.query_grid={query_grid} at least 1"
+      )
+    self.levels, self.grid, self.heads = tuple(levels), grid, width // head_width
+    self.queries = nnx.Param(normal(0.02)(rngs.params(), (query_grid**2, width)))
+    self.query_norm, self.key_norm = (LayerNorm(width, NORM_EPS, rngs=rngs) for _ in range(2))
+    self.kv_proj = Linear(vision_width, width, bias=False, rngs=rngs)
+    packed = uniform(math.sqrt(6 / (4 * width)))  # Xavier, for the three matrices stacked
+    self.q_proj, self.k_proj, self.v_proj = (
+      Linear(width, width, bias=True, rngs=rngs, kernel_init=packed) for _ in range(3)
+    )
+    self.out_proj = Linear(width, width, bias=True, rngs=rngs)
+
+  def fold(self, dtype: jnp.dtype) -> jax.Array:
+    """The queries as the attention applies them, [g*g, heads, head width]."""
+    query = self.q_proj(self.query_norm(self.queries[...].astype(dtype)))
+    return query.reshape(len(query), self.heads, -1) / math.sqrt(query.shape[-1] // self.heads)
+
+  @jax.named_scope("perceiver")
+  def __call__(self, levels: dict[int, jax.Array], grids: jax.Array, folded: jax.Array | None = None) -> jax.Array:
+    """levels: {level: flat maps [N, 4^level P, C]}; grids: int32 [N, 2]. -> [N, g*g, D]. Raises ConfigError for a level
+    that is not among the maps."""
+    check_maps(self.levels, levels)
+    query = self.fold(levels[self.levels[0]].dtype) if folded is None else folded
+    resized = [resize(levels[level], grids * 2**level, self.grid * 2**level) for level in self.levels]
+    cells = self.key_norm(self.kv_proj(jnp.concatenate(resized, 1)))
+    split = lambda x: x.reshape(*x.shape[:-1], self.heads, -1)
+    keys, values = split(self.k_proj(cells)), split(self.v_proj(cells))
+    scores = jnp.einsum("qhd,nkhd->nhqk", query, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores, axis=-1).astype(cells.dtype)
+    found = jnp.einsum("nhqk,nkhd->nqhd", weights, values, preferred_element_type=jnp.float32).astype(cells.dtype)
+    return self.out_proj(found.reshape(*found.shape[:2], -1))
 
 
 def resize(maps: jax.Array, sizes: jax.Array, side: int) -> jax.Array:

@@ -6,12 +6,12 @@ from flax import nnx
 from mllm_jax.config import ConfigError, ProjectorConfig, VisionConfig
 from mllm_jax.models.projectors import pyramid
 from mllm_jax.models.projectors.hiwin import HiwinAttention
-from mllm_jax.models.projectors.resampler import Mlp144, UhdV1Resampler
+from mllm_jax.models.projectors.resampler import Mlp144, Perceiver, UhdV1Resampler
 from mllm_jax.sharding import rows_only
 
 
 class UhdProjector(nnx.Module):
-  """LLaVA-UHD v2's projector (VDIM or another pyramid, then Hiwin attention), its predecessor's, or an MLP.
+  """LLaVA-UHD v2's projector (VDIM or another pyramid, then Hiwin attention), its predecessor's, an MLP or a perceiver.
 
   Raises ConfigError for a pyramid, levels, pooling or widths that there are not.
   """
@@ -23,9 +23,15 @@ class UhdProjector(nnx.Module):
         vision.width, width, query_grid=config.query_grid, head_width=config.head_width, rngs=rngs
       )
       return
-    self.pyramid = pyramid.make(config.pyramid, config.levels, vision.width, rngs)
+    self.pyramid = pyramid.make(
+      config.pyramid, config.levels, vision.width, rngs, config.convnext_widths, config.convnext_depths
+    )
     if config.kind == "mlp144":
       self.resampler = Mlp144(config.levels, vision.width, width, query_grid=config.query_grid, rngs=rngs)
+      return
+    if config.kind == "perceiver":
+      sizes = dict(query_grid=config.query_grid, head_width=config.head_width)
+      self.resampler = Perceiver(config.levels, vision.grid, vision.width, width, **sizes, rngs=rngs)
       return
     self.resampler = HiwinAttention(
       config.levels,
