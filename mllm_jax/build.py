@@ -360,7 +360,9 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
     made_here = {"path": str(workdir), "family": f"trained here, {config.name}, {name}, step {step}", "fingerprint": ""}
     sources |= {part: made_here for part in parts if part not in sources}
     run = {"name": config.name, "stage": name, "step": step}
-    manifest = folder.Manifest(parts, config.finetune.data.template, sources, run)
+    manifest = folder.Manifest(
+      parts, config.finetune.data.template, sources, run, images=folder.images_of(config.finetune.data)
+    )
     ordered = Chosen(Joined(*tensors), list(shapes))
     return assemble.StoredModel(manifest, ordered, str(Path(workdir) / folder.TOKENIZER)), config
   raise ConfigError(f"{workdir}: no checkpoint yet; train first, or wait for the first one")
@@ -398,6 +400,7 @@ def load(
   projector: str = "",
   adapter: str = "",
   template: str = "",
+  max_slices: int = 0,
 ) -> tuple[Mllm, Processor]:
   """A model and the processor that makes its batches.
 
@@ -408,6 +411,8 @@ def load(
     dtype: of parameters and computation, "bfloat16" or "float32"; None: as stored, float16 as bfloat16.
     vision, llm, projector, adapter: checkpoints of parts that `path` does not hold, or in place of its own.
     template: of conversations, where the checkpoint does not say.
+    max_slices: of an image, where it is cut into slices or tiles; 0: as many as in training. LLaVA-UHD v2 was trained
+      with 6 and evaluated with 9.
 
   Raises WeightsError, ConfigError or DataError that names what is missing or does not fit.
   """
@@ -424,6 +429,8 @@ def load(
   data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH, image_aspect=aspect)
   if projector.kind in SHUFFLED:
     data = dataclasses.replace(data, image_aspect="tiles", max_slices=INTERNVL_TILES, max_length=INTERNVL_LENGTH)
+  images = dict(stored.manifest.images) | ({"max_slices": max_slices} if max_slices else {})
+  data = dataclasses.replace(data, **images)
   return model, make_processor(model.config, stored.tokenizer, data)
 
 

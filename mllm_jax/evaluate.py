@@ -59,6 +59,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--data", metavar="DIR", help="the folder with the published files, as --list names them below it")
   add("--out", metavar="DIR", help="where answers and reports go")
   add("--num_beams", type=int, default=1, metavar="N", help="of beam search (default: 1, greedy)")
+  add("--max_slices", type=int, default=0, metavar="N", help="of a picture (default: as trained; UHD v2's paper: 9)")
   add("--limit", type=int, metavar="N", help="only the first N questions of each benchmark")
   add("--batch_size", type=int, default=16, metavar="N", help="rows answered at once (default: 16)")
   add("--score_only", action="store_true", help="score the answers that are there, without a model")
@@ -74,8 +75,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   unknown = [name for name in names if name not in BENCHMARKS]
   if unknown:
     parser.error(f"--benchmark {unknown[0]}: unknown; known: {', '.join(BENCHMARKS)}")
-  for name in ("num_beams", "batch_size", "limit"):
-    if getattr(args, name) is not None and getattr(args, name) < 1:
+  for name in ("num_beams", "batch_size", "limit", "max_slices"):
+    if getattr(args, name) not in (None, parser.get_default(name)) and getattr(args, name) < 1:
       parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
   if args.num_beams > args.batch_size:
     parser.error(f"--num_beams {args.num_beams} takes as many rows, and --batch_size is {args.batch_size}; raise it")
@@ -110,9 +111,9 @@ def predictions(args: argparse.Namespace, benchmark: Benchmark) -> Path:
   return Path(args.out) / "predictions" / f"{benchmark.name}.jsonl"
 
 
-def head(benchmark: Benchmark, questions: Sequence[Question], model: dict, beams: int) -> dict:
+def head(benchmark: Benchmark, questions: Sequence[Question], model: dict, beams: int, max_slices: int) -> dict:
   """What answers depend on."""
-  settings = {"beams": beams, "max_new_tokens": benchmark.max_new_tokens}
+  settings = {"beams": beams, "max_slices": max_slices, "max_new_tokens": benchmark.max_new_tokens}
   return {"benchmark": benchmark.name, "questions": digest(questions), **settings, **model}
 
 
@@ -144,12 +145,12 @@ def describe(path: str) -> dict:
   return {"model": name, "fingerprint": hashed.hexdigest()[:16], "padded": padded}
 
 
-def load_engine(path: str, rows: int):
+def load_engine(path: str, rows: int, max_slices: int):
   """(what answers, what makes its prompts)."""
   from mllm_jax.build import load
   from mllm_jax.inference.engine import Engine
 
-  model, processor = load(path)
+  model, processor = load(path, max_slices=max_slices)
   return Engine(model, processor, rows=rows), processor
 
 
@@ -166,8 +167,8 @@ def collect(args: argparse.Namespace) -> dict[str, tuple[dict, list[Question], S
     old = stored_head(predictions(args, benchmark)) if args.score_only else None
     whose = model or {key: old.get(key) for key in ("model", "fingerprint", "padded")}
     questions = read_questions(benchmark, Source(Path(args.data), whose["padded"]))
-    beams = args.num_beams if old is None else old.get("beams")
-    store = Store(predictions(args, benchmark), head(benchmark, questions, whose, beams))
+    beams, slices = (args.num_beams, args.max_slices) if old is None else (old.get("beams"), old.get("max_slices"))
+    store = Store(predictions(args, benchmark), head(benchmark, questions, whose, beams, slices))
     found[benchmark.name] = (whose, questions, store)
   models = sorted({whose["fingerprint"] for whose, _, _ in found.values()})
   if len(models) > 1:
@@ -215,7 +216,9 @@ def evaluate(args: argparse.Namespace) -> None:
     missing = {
       b.name: sum(q.id not in found[b.name][2].rows for q in found[b.name][1][: args.limit]) for b in args.benchmarks
     }
-    engine, processor = load_engine(args.model, args.batch_size) if any(missing.values()) else (None, None)
+    engine = processor = None
+    if any(missing.values()):
+      engine, processor = load_engine(args.model, args.batch_size, args.max_slices)
     for benchmark in args.benchmarks:
       _, questions, store = found[benchmark.name]
       asked = questions[: args.limit]
@@ -226,7 +229,7 @@ def evaluate(args: argparse.Namespace) -> None:
   for benchmark in args.benchmarks:
     model, questions, store = found[benchmark.name]
     scored.append(score(args, benchmark, questions, store, Source(Path(args.data), model["padded"])))
-  settings = {"fingerprint": model["fingerprint"], "beams": store.head["beams"]}
+  settings = {name: store.head[name] for name in ("fingerprint", "beams", "max_slices")}
   report.write(Path(args.out), model["model"], settings, scored, given)
   for entry in scored:
     told = "" if entry.summary is None else f"{entry.summary.score:.2f}"

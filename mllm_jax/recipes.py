@@ -262,7 +262,7 @@ def uhd_demo(name: str, projector: ProjectorConfig) -> Config:
   five times as slow.
   """
   levels = (0,) if projector.pyramid == "none" else (0, 1)
-  convnext = dict(convnext_widths=(16, 32, 64, 128), convnext_depths=(1, 1, 2, 1))
+  convnext = dict(convnext_widths=(8, 16, 32, 64), convnext_depths=(1, 1, 2, 1))
   projector = dataclasses.replace(projector, query_grid=4, head_width=32, levels=levels, **convnext)
   base = demo(name, projector)
   slices = dict(image_aspect="slices", max_slices=4)

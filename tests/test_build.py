@@ -1,6 +1,7 @@
 """Towers and projectors for a run out of any checkpoint, local or in a bucket."""
 
 import dataclasses
+import json
 import sys
 
 import fsspec
@@ -12,8 +13,10 @@ from buckets import Bucket
 
 import mllm_jax
 from mllm_jax import build, convert, sharding
-from mllm_jax.config import LoraConfig, MeshConfig, ModelRecipe
+from mllm_jax.config import DataConfig, LoraConfig, MeshConfig, ModelRecipe, ProjectorConfig
 from mllm_jax.weights.errors import WeightsError
+from mllm_jax.weights.folder import Manifest, images_of, write
+from mllm_jax.weights.tensors import InMemory
 
 MODEL = layouts.model(tiny.PROJECTOR)
 
@@ -115,3 +118,22 @@ def test_a_model_with_an_adapter_is_no_language_model_for_a_run(tmp_path):
   assert convert.main(["import", f"--model={run}", f"--llm={llm}", f"--out={tmp_path / 'ours'}"]) == 0
   with pytest.raises(WeightsError, match="--merge"):
     loaded(str(clip), str(tmp_path / "ours"))
+
+
+def test_a_folder_keeps_how_images_became_crops(tmp_path):
+  model = layouts.model(ProjectorConfig(kind="uhd_v1", pyramid="none", levels=(0,), query_grid=2, head_width=8))
+  parts = {name: getattr(model, name) for name in ("vision", "decoder", "projector")}
+  arrays = {path: value for name in parts for path, value in layouts.arrays(model, name).items()}
+  images = images_of(DataConfig(image_aspect="slices", max_slices=4))
+  write(tmp_path / "m", Manifest(parts, "vicuna_v1", images=images), InMemory(arrays), str(layouts.tokenizer(tmp_path)))
+  crops = lambda **options: mllm_jax.load(str(tmp_path / "m"), **options)[1].aspect.crops_of(500, 500)
+  assert crops() == 5 and crops(max_slices=9) == 10
+
+  manifest = tmp_path / "m" / "mllm_jax.json"
+  whole = json.loads(manifest.read_text())
+  manifest.write_text(json.dumps(whole | {"images": {"max_slices": "4"}}))
+  with pytest.raises(WeightsError, match="images.max_slices"):
+    mllm_jax.load(str(tmp_path / "m"))
+  del whole["images"]  # as older versions wrote it
+  manifest.write_text(json.dumps(whole))
+  assert crops() == 7

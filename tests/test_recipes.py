@@ -48,8 +48,6 @@ def internvl_projector(
   kernels = sum(size**2 for size in range(4, 33, 4)) + 16**2
   head = 2 * conv * width + biased * width
   return mlp + spatial * (kernels * vision * conv + 3 * (2 * conv + conv**2 + conv) + head)
-
-
 def convnext(widths: tuple[int, ...], depths: tuple[int, ...]) -> int:
   """Of ConvNeXt (Liu et al. 2022, figure 4) without what is behind its last stage."""
   blocks = sum(depth * (49 * c + c + 2 * c + 8 * c * c + 5 * c + c) for c, depth in zip(widths, depths))
@@ -280,12 +278,12 @@ def test_the_papers_hyper_parameters(path):
 
 def test_an_unknown_variant_is_an_error():
   with pytest.raises(ConfigError, match="no variant 'demos'; there are :demo and :demo_shapes"):
-    load(RECIPES[0], "demos")
-  assert load(RECIPES[0], "demo_shapes").demo_shapes and not load(RECIPES[0], "demo").demo_shapes
+    load(LLAVA[0], "demos")
+  assert load(LLAVA[0], "demo_shapes").demo_shapes and not load(LLAVA[0], "demo").demo_shapes
 
 
 def test_a_configuration_survives_json_and_an_unknown_field_does_not():
-  config = load(RECIPES[0])
+  config = load(LLAVA[0])
   import json
 
   content = json.loads(json.dumps(to_dict(config)))

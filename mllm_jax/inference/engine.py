@@ -23,6 +23,7 @@ from mllm_jax.models.mllm import Mllm
 GROUPS = (1, 4, 16)  # how many prompts are read, or crops looked at, together
 # Places that a prompt is read in, of which few of a long one may be padding, and places of the cache.
 PROMPT_PLACES = (64, 128, 256, 384, *(2**i * half // 2 for i in range(9, 30) for half in (2, 3)))
+FEW_PROMPT_PLACES = tuple(2**i * half // 2 for i in range(7, 30) for half in ((2, 3) if i > 8 else (2,)))
 CACHE_PLACES = tuple(2**i for i in range(7, 31))
 
 
@@ -38,8 +39,8 @@ class Engine:
     model: its arrays may be spread over devices.
     processor: decodes, and knows which tokens end an answer: the template's and the tokenizer's own.
     rows: requests answered at once; a request with beams takes a row for each.
-    max_length: places of a row, for prompt and answer together; None: `processor.max_length` for `warm_up`, and no
-      limit otherwise.
+    max_length: places of a row, for prompt and answer together, which a server knows: prompts and cache then come in
+      few sizes, so that `warm_up` has little to compile. None: no limit, and more sizes, which waste less.
     mesh: where rows are split over the batch axes of `mllm_jax.sharding`, which makes `rows` a multiple of their
       parts; with several processes each makes the same calls and gets every answer. None: the device of the model.
   """
@@ -61,7 +62,13 @@ class Engine:
     self._empty = self._programs.empty(model.decoder, self._decoding[1] is not None)
     self._cache, self._size = self._empty, (self._shards, 0)
     # Rows that lie on several devices stay there.
-    self._row_sizes = [4**i for i in range(8) if 4**i < self.rows and self._shards == 1] + [self.rows]
+    growing = [4**i for i in range(8 if max_length is None else 1) if 4**i < self.rows and self._shards == 1]
+    self._row_sizes = [*growing, self.rows]
+    self._prompt_sizes, self._cache_sizes = PROMPT_PLACES, CACHE_PLACES
+    if max_length is not None:
+      longest = _bucket(max_length, CACHE_PLACES)
+      self._cache_sizes = (longest // 2, longest)
+      self._prompt_sizes = [size for size in FEW_PROMPT_PLACES if size < max_length] + [longest]
     self._features = FeatureCache()
     self._tickets = itertools.count()
     self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
@@ -177,9 +184,10 @@ class Engine:
     rows = max(slot for running in self._running.values() for slot in running.slots) + 1
     requests = [running.request for running in self._running.values()]
     places = max(
-      max(_bucket(each.prompt_tokens, PROMPT_PLACES), each.prompt_tokens + each.max_new_tokens) for each in requests
+      max(_bucket(each.prompt_tokens, self._prompt_sizes), each.prompt_tokens + each.max_new_tokens)
+      for each in requests
     )
-    needed = _bucket(rows, self._row_sizes), _bucket(places, CACHE_PLACES)
+    needed = _bucket(rows, self._row_sizes), _bucket(places, self._cache_sizes)
     size = tuple(need if need > got or 2 * need <= got else got for need, got in zip(needed, self._size))
     if size != self._size:
       self._cache, self._size = self._programs.resize(self._cache, *size), size
@@ -194,7 +202,7 @@ class Engine:
 
   def _read(self, group: Sequence[Running], count: int) -> list[Event]:
     """Reads the prompts of a group, in `count` rows of one shape, and takes their first tokens."""
-    places = _bucket(max(running.request.prompt_tokens for running in group), PROMPT_PLACES)
+    places = _bucket(max(running.request.prompt_tokens for running in group), self._prompt_sizes)
     rows = [_trimmed(running.request.row, running.request.prompt_tokens, places) for running in group]
     rows += rows[-1:] * (count - len(rows))
     prompts = np.stack([[row.tokens, row.visual_index, row.segment_ids] for row in rows], axis=1).astype(np.int32)
@@ -279,21 +287,21 @@ class Engine:
 
   def warm_up(self) -> None:
     """Compiles what requests of up to max_length places and one picture need, beams apart, so that none waits for it.
-    Only while nothing runs."""
+    Only while nothing runs. Raises RuntimeError without a max_length."""
     self._idle()
-    longest = self.max_length or self.processor.max_length
+    if self.max_length is None:
+      raise RuntimeError("an engine without max_length has no end of sizes to compile; give it one")
     programs, put = self._programs, self._programs.on_devices
     aspect = self.processor.aspect
     crops = np.zeros((1, aspect.patches, aspect.vision.patch_values), np.uint8), np.ones((1, 2), np.int32)
     draws = lambda count: put(Draws.of([(GREEDY, 0, 0)] * count))
     sizes = [size * self._shards for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
-    caches = [size for size in CACHE_PLACES if size <= _bucket(longest, CACHE_PLACES)]
     pictures = [0, *(2**i for i in range((aspect.most_crops - 1).bit_length() + 1))]  # crops of a row
     with self._on_mesh():
       tokens = {}
       for count in sizes:
         tokens[count] = programs.encode(self._flat, *put(tuple(np.repeat(x, count, axis=0) for x in crops)))[0]
-      for places in [size for size in PROMPT_PLACES if size <= _bucket(longest, PROMPT_PLACES)]:
+      for places in self._prompt_sizes:
         for count in sizes:
           prompts = np.stack(
             [np.zeros((count, places), np.int32), np.full((count, places), -1), np.ones((count, places))]
@@ -302,9 +310,9 @@ class Engine:
           for most in pictures:
             features = (tokens[count],) * (most * count)
             _, _, read = programs.prefill(self._flat, prompts, features, draws(count), candidates=0)
-          for size in itertools.product(self._row_sizes, [size for size in caches if size >= places]):
+          for size in itertools.product(self._row_sizes, [size for size in self._cache_sizes if size >= places]):
             programs.write(programs.resize(self._empty, *size), read, put(np.full(count, self.rows, np.int32)))
-      for rows, places in itertools.product(self._row_sizes, caches):
+      for rows, places in itertools.product(self._row_sizes, self._cache_sizes):
         cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
         programs.decode(self._decoding, last, draws(rows), cache, candidates=0)
 

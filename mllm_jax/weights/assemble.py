@@ -175,7 +175,8 @@ def put_together(
   if not tokens and whole is not None:
     tokens = whole.tokenizer
   templates = [found.template for found, _ in chosen.values() if found.template]
-  manifest = Manifest(ordered, template or (templates or [DEFAULT_TEMPLATE])[0], sources)
+  images = chosen["projector"][0].images if "projector" in chosen else {}
+  manifest = Manifest(ordered, template or (templates or [DEFAULT_TEMPLATE])[0], sources, images=images)
   notes = dict.fromkeys(note for found, _ in chosen.values() for note in found.notes)
   if "projector" in chosen and chosen["projector"][1].table is not None and configs["projector"].any_aspect:
     notes |= dict.fromkeys(hiwin.notes(chosen["projector"][1].weights.names(), configs["projector"]))

@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import mllm_jax
-from mllm_jax.config import ConfigError, DecoderConfig, LoraConfig, ProjectorConfig, VisionConfig, from_dict, to_dict
+from mllm_jax.config import (
+  ConfigError,
+  DataConfig,
+  DecoderConfig,
+  LoraConfig,
+  ProjectorConfig,
+  VisionConfig,
+  check_types,
+  from_dict,
+  to_dict,
+)
 from mllm_jax.data.chat import copy_tokenizer
 from mllm_jax.weights.known import WeightsError, read_json
 from mllm_jax.weights.tensors import Tensors
@@ -29,6 +39,7 @@ MANIFEST = "mllm_jax.json"
 TOKENIZER = "tokenizer"
 FORMAT = 1
 CONFIGS = {"vision": VisionConfig, "decoder": DecoderConfig, "projector": ProjectorConfig, "lora": LoraConfig}
+IMAGES = ("image_aspect", "max_slices")
 PACKAGES = ("jax", "flax", "orbax-checkpoint", "numpy")
 
 
@@ -40,6 +51,7 @@ class Manifest:
   template: of the conversations the model was trained on.
   sources: for each part where it came from: path, family, fingerprint.
   run: the training run that made it: stage, step; {} for an import.
+  images: how an image became crops in training, by the fields of `DataConfig` that say so; {} where nothing says.
   versions: of the packages that wrote it.
   """
 
@@ -48,6 +60,12 @@ class Manifest:
   sources: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  images: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def images_of(data: DataConfig) -> dict[str, Any]:
+  """`Manifest.images` of a stage's data."""
+  return {name: getattr(data, name) for name in IMAGES}
 
 
 def read(path: Path) -> Manifest:
@@ -61,6 +79,8 @@ def read(path: Path) -> Manifest:
   try:
     parts = {name: from_dict(CONFIGS[name], config, name) for name, config in content["parts"].items()}
     fields = {name: content[name] for name in ("template", "sources", "run", "versions")}
+    fields["images"] = content.get("images", {})
+    check_types(from_dict(DataConfig, fields["images"], "images"), "images")
   except (ConfigError, KeyError, TypeError, AttributeError) as error:
     raise WeightsError(f"{file} is damaged ({error}); import the model again") from error
   return Manifest(parts, **fields)
@@ -88,6 +108,7 @@ def write(
       "sources": manifest.sources,
       "run": manifest.run,
       "versions": versions(),
+      "images": manifest.images,
     }
     (partial / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -78,6 +78,7 @@ class Found:
   tower, base: where the checkpoint says that the tower and the language model beside it came from, "" if it does not.
   sources: where each part had come from before, in folders that know it.
   notes: what a user should know about it.
+  images: how an image became crops in training, as in a folder's `Manifest`.
   """
 
   path: str
@@ -90,6 +91,7 @@ class Found:
   base: str = ""
   sources: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
+  images: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def recognise(path: places.Place) -> Found:
@@ -125,7 +127,7 @@ def of_ours(path: places.Place, local: Path) -> Found:
     tokenizer = places.local_copy(tokenizer, [*chat.TOKENIZER_FILES, "config.json"])
   tokenizer = str(tokenizer) if places.is_dir(tokenizer) else ""
   family = f"mllm_jax model ({', '.join(parts)})"
-  return Found(str(path), family, parts, tokenizer, manifest.template, sources=manifest.sources)
+  return Found(str(path), family, parts, tokenizer, manifest.template, sources=manifest.sources, images=manifest.images)
 
 
 def of_adapter(path: places.Place, local: Path, names: list[str]) -> Found:

@@ -48,7 +48,7 @@ class Engine:
 def engine(monkeypatch):
   found = Engine()
   monkeypatch.setattr(evaluate, "describe", lambda path: MODEL)
-  monkeypatch.setattr(evaluate, "load_engine", lambda path, rows: (found, Processor()))
+  monkeypatch.setattr(evaluate, "load_engine", lambda path, rows, max_slices: (found, Processor()))
   return found
 
 

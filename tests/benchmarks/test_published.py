@@ -150,7 +150,7 @@ def test_further_rounds_of_mmbench_are_made_where_the_file_has_none(tmp_path):
     assert made[index].facts["options"] == question.facts["options"] and made[index].gold == question.gold
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", sorted(HIDDEN))
 def test_files_for_servers(name, tmp_path):
   benchmark = BENCHMARKS[name]
   getattr(published_files, family(name))(tmp_path)

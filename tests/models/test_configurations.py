@@ -149,7 +149,7 @@ def test_windows(strides, tokens):
 @pytest.mark.parametrize(
   "change, field",
   [
-    (dict(kind="perceiver"), "projector.kind"),
+    (dict(kind="qformer"), "projector.kind"),
     (dict(maps="sliding"), "projector.maps"),
     (dict(stride=5), "projector.stride"),
     (dict(stride=0), "projector.stride"),

@@ -56,15 +56,15 @@ class Depthwise(nnx.Module):
     row, column, valid = flat.coordinates(grid, len(x))
     x = jnp.where(valid[:, None], x, 0)
     reach = jnp.arange(-RADIUS, RADIUS + 1, dtype=jnp.int32)
-    beside = (column + reach[:, None] >= 0) & (column + reach[:, None] < grid[1])
+    beside = ((column + reach[:, None] >= 0) & (column + reach[:, None] < grid[1])).astype(jnp.float32)
 
     def line(total, operands):
       offset, kernel = operands
       inside = (row + offset >= 0) & (row + offset < grid[0])
-      moved = jnp.where(inside[:, None], jnp.roll(x, -offset * grid[1], axis=0), 0)
+      moved = jnp.where(inside[:, None], jnp.roll(x, -offset * grid[1], axis=0), 0).astype(jnp.float32)
+      moved = jnp.pad(moved, ((RADIUS, RADIUS), (0, 0)))
       for tap in range(TAPS):
-        shifted = jnp.where(beside[tap][:, None], jnp.roll(moved, RADIUS - tap, axis=0), 0)
-        total = total + shifted.astype(jnp.float32) * kernel[tap]
+        total = total + moved[tap : tap + len(x)] * beside[tap][:, None] * kernel[tap]
       return total, None
 
     kernel = self.kernel[...].astype(jnp.float32)
