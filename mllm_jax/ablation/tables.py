@@ -166,7 +166,7 @@ def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], style: str 
 
 
 def plot(rows: Sequence[Result]) -> str:
-  """Rows as lines of a plot: a dot at the mean score, a small one for each seed, and the interval in which 95 % of such
+  """Rows as lines of a plot: a bar at the mean score, a dot for each seed, and the interval in which 95 % of such
   samples of questions leave the score. The axis is cut to what is there."""
   if not rows:
     return ""
@@ -176,7 +176,7 @@ def plot(rows: Sequence[Result]) -> str:
   low = max(0, math.floor(100 * min([*marks, *(mean - r for mean, r in zip(means, reach))])))
   high = min(100, math.ceil(100 * max([*marks, *(mean + r for mean, r in zip(means, reach))])))
   high = max(high, low + 1)
-  width, left, right, line, top = 900, 250, 90, 36, 12
+  width, left, right, line, top = 900, 40 + 7 * max(len(row.label) for row in rows), 100, 36, 12
   bottom = top + line * len(rows)
   x = lambda share: left + (width - left - right) * (min(max(100 * share, low), high) - low) / (high - low)
   step = next(step for step in (1, 2, 5, 10, 20) if (high - low) / step <= 10)
@@ -187,15 +187,15 @@ def plot(rows: Sequence[Result]) -> str:
   ]
   for i, (row, mean, r) in enumerate(zip(rows, means, reach)):
     y = top + line * (i + 0.5)
-    seeds = "".join(f"<circle class='seed' cx='{x(v):.1f}' cy='{y}' r='3.5'/>" for v in row.scores[SCORE].values)
+    seeds = "".join(f"<circle class='seed' cx='{x(v):.1f}' cy='{y}' r='4'/>" for v in row.scores[SCORE].values)
     parts.append(
       f"<g><title>{escape(row.label)}: {percent(row.scores[SCORE])} %</title>"
       f"<text class='label' x='{left - 14}' y='{y + 4}' text-anchor='end'>{escape(row.label)}</text>"
-      f"<line class='reach' x1='{x(mean - r):.1f}' x2='{x(mean + r):.1f}' y1='{y}' y2='{y}'/>{seeds}"
-      f"<circle class='mean' cx='{x(mean):.1f}' cy='{y}' r='6'/>"
+      f"<line class='reach' x1='{x(mean - r):.1f}' x2='{x(mean + r):.1f}' y1='{y}' y2='{y}'/>"
+      f"<line class='mean' x1='{x(mean):.1f}' x2='{x(mean):.1f}' y1='{y - 11}' y2='{y + 11}'/>{seeds}"
       f"<text class='label' x='{width - right + 14}' y='{y + 4}'>{percent(row.scores[SCORE])}</text></g>"
     )
-  caption = "Exact match, %: the mean, each seed, and 95 % of what another choice of questions would give"
+  caption = "Exact match, %: the mean, each seed, and the middle 95 % of what another choice of questions would give"
   return (
     f"<figure class='panel'><figcaption>{caption}</figcaption><svg viewBox='0 0 {width} {bottom + 28}' role='img' "
     f"aria-label='{caption}'>{''.join(parts)}</svg></figure>"
@@ -222,8 +222,7 @@ h1 { font-size:2.3rem; line-height:1.15; letter-spacing:-.02em; margin:0 0 1.4re
 svg { display:block; width:100%; height:auto } svg text { font-size:13px; fill:var(--soft);
   font-variant-numeric:tabular-nums } svg .label { fill:var(--ink) }
 .grid { stroke:var(--line) } .reach { stroke:var(--soft); stroke-width:1.5 }
-.mean { fill:var(--accent); stroke:var(--card); stroke-width:2 }
-.seed { fill:none; stroke:var(--accent); stroke-width:1.5 }
+.mean { stroke:var(--accent); stroke-width:3 } .seed { fill:var(--accent); stroke:var(--card); stroke-width:1.5 }
 .scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-size:.93rem }
 th, td { padding:9px 14px; border-bottom:1px solid var(--line); font-weight:400; text-align:right;
   white-space:nowrap; font-variant-numeric:tabular-nums }

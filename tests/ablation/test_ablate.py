@@ -89,11 +89,11 @@ def test_the_tables(folder, capsys):
   html = (folder / "out" / "table.html").read_text()
   drawing = ElementTree.fromstring(re.search(r"<svg.*?</svg>", html)[0])
   assert "Second &amp; &lt;last&gt;" in html and "<last>" not in html
-  middle = [float(dot.get("cx")) for dot in drawing.iter("circle") if dot.get("class") == "mean"]
+  middle = [float(bar.get("x1")) for bar in drawing.iter("line") if bar.get("class") == "mean"]
   ticks = {text.text: float(text.get("x")) for text in drawing.iter("text") if (text.text or "").isdigit()}
   place = lambda percent: ticks["40"] + (ticks["80"] - ticks["40"]) * (percent - 40) / 40
   assert middle == [pytest.approx(place(85), abs=0.2), pytest.approx(place(50), abs=0.2)]
-  assert len([dot for dot in drawing.iter("circle") if dot.get("class") == "seed"]) == 4
+  assert len(list(drawing.iter("circle"))) == 4
 
 
 def test_finished_runs_are_taken_and_others_are_begun_again(folder, capsys):
