@@ -118,7 +118,7 @@ def notes(rows: Sequence[Result], equal: dict, differ: dict) -> list[str]:
     + (", mean ± standard deviation over seeds. " if many else ". ")
     + "Blanked: the same questions with every picture replaced by a plain one. FLOPs of one image at its largest "
     "resolution, as `python -m mllm_jax.compile --summary` counts them. Seconds a step and trained tokens are the last "
-    "stage's.",
+    "stage's, the seconds with whatever else this machine had to do.",
   ]
   if done:
     error = 100 * max(map(sampling_error, done))
