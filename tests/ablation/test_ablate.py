@@ -10,7 +10,9 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mllm_jax import ablate
 from mllm_jax.ablation.plan import FINISHED
@@ -200,13 +202,19 @@ def test_a_signal_reaches_the_trainer_and_a_second_ablation_is_refused(folder, c
 
 
 @pytest.mark.long
-def test_a_real_run(tmp_path, monkeypatch):
-  few = {"pretrain.steps": 2, "finetune.steps": 6, "evaluation.blank": False}
-  monkeypatch.setitem(SUITES, "tiny", (Row("Few steps", "sp_cropping", few),))
+def test_a_real_run_with_a_vdim(tmp_path, monkeypatch):
+  steps = {"vdim.steps": 2, "pretrain.steps": 2, "finetune.steps": 6, "evaluation.blank": False}
+  rows = {"vdim.batch_size": 8, "finetune.batch_size": 8}  # a share for each of the tests' devices
+  monkeypatch.setitem(SUITES, "tiny", (Row("Few steps", "uhd_v2", steps | rows),))
   monkeypatch.chdir(REPOSITORY)
   monkeypatch.setattr(signal, "signal", lambda *arguments: None)
   assert ablate.main(["ablate", "--suite=tiny", "--seeds=1", f"--workdir={tmp_path}"]) == 0
   (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
   assert row["questions"] == 1000 and 0 <= row["scores"]["eval/exact_match"]["mean"] <= 1
-  # Of the recipe: four spatial tokens in front of 8 x 8 patches.
-  assert row["visual_tokens"] == 68 and row["seconds_a_step"]["mean"] > 0
+  # Of the recipe: 4 x 4 tokens of each of four slices and of the whole picture.
+  assert row["visual_tokens"] == 80 and row["seconds_a_step"]["mean"] > 0
+  trained, taken = (tmp_path / name / "seed-0" / "vdim" / "vdim.safetensors" for name in ("vdim", "few-steps"))
+  trained, taken = load_file(trained), load_file(taken)
+  assert trained and trained.keys() == taken.keys()
+  for name, array in trained.items():
+    np.testing.assert_array_equal(taken[name], array)
