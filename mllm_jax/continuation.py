@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from mllm_jax.config import Config, ConfigError, ModelConfig, to_dict
+from mllm_jax.config import Config, ConfigError, ModelConfig, StageConfig, VdimStage, to_dict
 
 # jax and orbax are imported where they are used, so that a mistyped command is answered at once.
 
@@ -67,15 +67,20 @@ def recipe_identity(stage) -> dict:
 
 
 def check_identity(saved: dict, now: dict, folder: Path) -> None:
-  """Raises ConfigError where a checkpoint is of another run than this one would be, with all differences."""
+  """Raises ConfigError where a checkpoint is of another run than this one would be, with all differences. A field that
+  it does not know is younger than the checkpoint, which was made as by the field's default."""
+  stage = VdimStage() if now.get("stage") == "vdim" else StageConfig()
+  defaults = {"model": to_dict(ModelConfig()), "recipe": to_dict(stage)}
 
-  def differences(a, b, path):
+  def differences(a, b, default, path):
     if isinstance(a, dict) and isinstance(b, dict):
-      return [line for key in sorted(set(a) | set(b)) for line in differences(a.get(key), b.get(key), f"{path}.{key}")]
+      default = default if isinstance(default, dict) else {}
+      inside = lambda key: (a.get(key, default.get(key)), b.get(key, default.get(key)), default.get(key))
+      return [line for key in sorted(set(a) | set(b)) for line in differences(*inside(key), f"{path}.{key}")]
     return [] if a == b else [f"{path.lstrip('.')}: {a} in the checkpoint, {b} now"]
 
-  now = json.loads(json.dumps(now))
-  found = [line for key in now for line in differences(saved.get(key), now[key], key)]
+  now, defaults = json.loads(json.dumps(now)), json.loads(json.dumps(defaults))
+  found = [line for key in now for line in differences(saved.get(key), now[key], defaults.get(key), key)]
   if found:
     raise ConfigError(
       f"{folder} holds checkpoints of another run:\n  "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mllm_jax import terminal
 from mllm_jax.benchmarks import report, scoring
 from mllm_jax.benchmarks.asking import ask, digest
 from mllm_jax.benchmarks.catalogue import BENCHMARKS, table
@@ -26,7 +27,6 @@ from mllm_jax.benchmarks.store import Store
 from mllm_jax.command_line import Parser
 from mllm_jax.config import ConfigError
 from mllm_jax.data.records import DataError
-from mllm_jax.places import PlaceError
 
 # jax is imported where it is used, so that a mistyped argument is answered at once.
 
@@ -236,31 +236,12 @@ def evaluate(args: argparse.Namespace) -> None:
     print("\t".join(filter(None, [entry.benchmark.name, told, entry.submission])))
 
 
-def note(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   args = arguments(argv)
   if args.list:
     print(table())
     return 0
-  try:
-    evaluate(args)
-  except (DataError, ConfigError, PlaceError, OSError) as error:
-    note(f"error: {error}")
-    return 2
-  except RuntimeError as error:
-    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
-
-    if not isinstance(error, CheckpointError):
-      raise
-    note(f"error: {error}")
-    return 2
-  except KeyboardInterrupt:
-    note("\ninterrupted; run the same again to go on")
-    return 130
-  return 0
+  return terminal.run(lambda: evaluate(args), left="run the same again to go on")
 
 
 if __name__ == "__main__":

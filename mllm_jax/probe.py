@@ -13,11 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_jax import recipes
+from mllm_jax import recipes, terminal
 from mllm_jax.command_line import Parser
-from mllm_jax.config import ConfigError
-from mllm_jax.data.records import DataError
-from mllm_jax.places import PlaceError
 from mllm_jax.probes import digits, layouts
 from mllm_jax.probes.examples import Data
 
@@ -147,20 +144,7 @@ def probe(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   args = arguments(argv)
-  try:
-    probe(args)
-  except (ConfigError, DataError, PlaceError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(
-      f"error: {error.filename or args.workdir}: {error.strerror or error}; finished probes are kept", file=sys.stderr
-    )
-    return 1
-  except KeyboardInterrupt:
-    print("\ninterrupted; finished probes are kept, and the same command makes the others", file=sys.stderr)
-    return 130
-  return 0
+  return terminal.run(lambda: probe(args), left="finished probes are kept, and the same command makes the others")
 
 
 if __name__ == "__main__":

@@ -93,8 +93,11 @@ def note(message: str) -> None:
   print(message, file=sys.stderr, flush=True)
 
 
-def run(work: Callable[[], None]) -> int:
-  """The exit status of a command: 0, 2 after something that the caller can put right, 130 when interrupted."""
+def run(work: Callable[[], None], *, left: str = "") -> int:
+  """The exit status of a command: 0, 2 after something that the caller can put right, 130 when interrupted.
+
+  left: what is there after an interruption or a full disk, for commands that write files; said behind either.
+  """
   try:
     work()
   except (DataError, ConfigError, PlaceError) as error:
@@ -109,7 +112,13 @@ def run(work: Callable[[], None]) -> int:
     return 2
   except BrokenPipeError:  # whoever read the answer has seen enough; closing the stream would complain once more
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except OSError as error:
+    if not left:
+      raise
+    where = f"{error.filename}: " if error.filename else ""
+    note(f"error: {where}{error.strerror or error}; {left}")
+    return 2
   except KeyboardInterrupt:
-    note("\ninterrupted")
+    note("\ninterrupted" + (f"; {left}" if left else ""))
     return 130
   return 0

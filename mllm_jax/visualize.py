@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+from mllm_jax import terminal
 from mllm_jax.command_line import Parser
 from mllm_jax.config import SHUFFLED, ConfigError, ModelConfig
 from mllm_jax.data import images
 from mllm_jax.data.records import DataError
-from mllm_jax.places import PlaceError
 from mllm_jax.visualization import folder
 
 # jax is imported where it is used, so that a mistyped argument is answered at once.
@@ -91,7 +91,7 @@ def visualize(args: argparse.Namespace) -> None:
 
   start = time.perf_counter()
   model, processor = load(args.model)
-  note(f"{args.model}: read in {time.perf_counter() - start:.1f} s")
+  terminal.note(f"{args.model}: read in {time.perf_counter() - start:.1f} s")
   aspect, kind = processor.aspect, model.config.projector.kind
   if args.question and not model.config.projector.any_aspect:
     raise ConfigError(f"--question is for models of LLaVA-UHD's kind, which have levels, and this one is of {kind!r}")
@@ -134,31 +134,9 @@ def describe(config: ModelConfig) -> str:
   return name if projector.kind == "uhd_v1" else f"{name}, pyramid: {projector.pyramid}"
 
 
-def note(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   args = arguments(argv)
-  try:
-    visualize(args)
-  except (DataError, ConfigError, PlaceError) as error:
-    note(f"error: {error}")
-    return 2
-  except OSError as error:
-    note(f"error: {error.filename or args.out}: {error.strerror or error}; nothing was left behind")
-    return 2
-  except RuntimeError as error:
-    from mllm_jax.training.checkpoint import CheckpointError  # imports jax and orbax, which are there by now
-
-    if not isinstance(error, CheckpointError):
-      raise
-    note(f"error: {error}")
-    return 2
-  except KeyboardInterrupt:
-    note("\ninterrupted; nothing was left behind")
-    return 130
-  return 0
+  return terminal.run(lambda: visualize(args), left="nothing was left behind")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def internvl_projector(
   kernels = sum(size**2 for size in range(4, 33, 4)) + 16**2
   head = 2 * conv * width + biased * width
   return mlp + spatial * (kernels * vision * conv + 3 * (2 * conv + conv**2 + conv) + head)
+
+
 def convnext(widths: tuple[int, ...], depths: tuple[int, ...]) -> int:
   """Of ConvNeXt (Liu et al. 2022, figure 4) without what is behind its last stage."""
   blocks = sum(depth * (49 * c + c + 2 * c + 8 * c * c + 5 * c + c) for c, depth in zip(widths, depths))

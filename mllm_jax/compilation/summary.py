@@ -82,11 +82,11 @@ def summarise(config: Config) -> Summary:
 def largest_image(model: ModelConfig, data: DataConfig) -> tuple[Aspect, tuple[int, int]]:
   """How images are cut, and the size (width, height) of the largest that is not shrunk: of as many whole squares of the
   tower as there are crops besides the overview, in the grid nearest to a square."""
-  aspect = build.make_aspect(model, types.SimpleNamespace(inside_id=lambda text: 0), data)
+  aspect = build.make_aspect(model, types.SimpleNamespace(inside_id=lambda text: 0, specials={}), data)
   grids = [(1, 1)]
   if data.image_aspect == "anyres":
     grids = GRIDS
-  elif data.image_aspect == "slices":
+  elif data.image_aspect in ("slices", "tiles"):
     n = data.max_slices
     grids = [(columns, n // columns) for columns in range(1, n + 1) if n % columns == 0]
   columns, rows = max(grids, key=lambda grid: (grid[0] * grid[1], -abs(math.log(grid[0] / grid[1])), -grid[0]))
@@ -96,9 +96,10 @@ def largest_image(model: ModelConfig, data: DataConfig) -> tuple[Aspect, tuple[i
 def forward_work(model: ModelConfig, aspect: Aspect, image: tuple[int, int], places: int) -> flops.Work:
   """The image alone through the model once."""
   crops, patches = aspect.crops_of(*image), model.vision.grid**2
+  seen = min(model.decoder.sliding_window or places, places)
   return flops.Work(
     tokens=places,
-    pairs=places * (places + 1) / 2,
+    pairs=seen * (seen + 1) / 2 + (places - seen) * seen,
     trained=0,
     crops=crops,
     patches=crops * patches,

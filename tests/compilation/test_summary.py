@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from mllm_jax import build
 from mllm_jax import compile as command
 from mllm_jax.command_line import parse
 from mllm_jax.compilation import summary
+from mllm_jax.config import LoraConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # LLaVA-UHD v2, table 1, in TFLOP. Its last two rows are of one crop less (see `summary`).
@@ -92,3 +94,14 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys):
 def test_what_to_put_right(options, words, capsys):
   assert command.main(["compile", *options]) == 2
   assert words in capsys.readouterr().err
+
+
+def test_tiles_and_windows_are_counted():
+  """13 tiles of 256 tokens; a Mistral whose window is shorter than the image."""
+  found = summarise("internvl2")
+  assert (found.crops, found.visual_tokens) == (13, 3328)
+  config = parse(["compile", f"--config={CONFIGS / 'sp_mistral.py'}"])[0]
+  model = build.architecture(config.model, LoraConfig())
+  aspect, image = summary.largest_image(model, config.finetune.data)
+  model.decoder.sliding_window = 100
+  assert summary.forward_work(model, aspect, image, 582).pairs == 100 * 101 / 2 + 482 * 100

@@ -250,7 +250,7 @@ def test_missing_data_are_told_before_anything_heavy_is_imported(tmp_path):
 def test_a_workdir_that_is_a_file(towers, tmp_path, capsys):
   write_birds(tmp_path / "data")
   (tmp_path / "run").write_text("")
-  assert ask(towers, "classes", tmp_path / "data", tmp_path / "run", "--features=none") == 1
+  assert ask(towers, "classes", tmp_path / "data", tmp_path / "run", "--features=none") == 2
   assert "run: File exists" in capsys.readouterr().err
 
 
