@@ -48,7 +48,9 @@ SUITES: dict[str, tuple[Row, ...]] = {
   # tokens, InternVL's with tiles and a token for four patches. They have the same pictures and steps.
   "sp_towers": (
     *(
-      Row(f"SigLIP, {name}", f"sp_siglip_{name}", {}, {"demo_shapes": True, "pretrain.steps": 440})
+      Row(
+        f"SigLIP, {name}", f"sp_siglip_{name}", {}, {"demo_shapes": True, "pretrain.steps": 440, "mesh.cpu_devices": 2}
+      )
       for name in ("baseline", "cropping", "pooling")
     ),
     Row("InternVL 2, baseline", "internvl2"),

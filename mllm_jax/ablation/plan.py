@@ -21,6 +21,7 @@ BUDGET = (
   "model.vision",
   "model.llm",
   "demo_shapes",
+  "mesh.cpu_devices",
   *(
     f"{stage}.{field}"
     for stage in ("pretrain", "finetune")
