@@ -69,6 +69,8 @@ ALLOWED = {
   "demo": {"batch", "config", "data", "models", "parameters", "sharding", "weights"},
   "recipes": {"config"},
   "suites": set(),
+  "ablation": {"command_line", "config", "page", "suites"},
+  "ablate": {"ablation", "command_line", "config", "run_control", "suites"},
   "preflight": {"config", "data", "places", "weights"},
   "command_line": {"config"},
   "probes": {

@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 ROWS = [
   pytest.param(recipe, overrides, id=f"{suite}, {label}")
   for suite, rows in SUITES.items()
-  for label, recipe, overrides in rows
+  for label, recipe, overrides, _ in rows
   if suite.startswith("uhd")
 ]
 
@@ -60,4 +60,4 @@ def test_a_row_traces_at_full_size(recipe, overrides):
 
 def test_rows_differ_and_have_labels_of_their_own():
   for rows in SUITES.values():
-    assert len({label for label, _, _ in rows}) == len({repr(row[1:]) for row in rows}) == len(rows) > 1
+    assert len({row.label for row in rows}) == len({repr(row[1:]) for row in rows}) == len(rows) > 1
