@@ -179,7 +179,9 @@ def test_logits_and_answers_are_ours(theirs, ours, version, kind):
     # float32 sums in another order
     np.testing.assert_allclose(get("logits")[:, : logits.shape[1]], logits, atol=1e-4 * np.abs(logits).max())
     assert get("logits").argmax(1).max() < logits.shape[1], name
-    for beams, answer in zip(ask_transformers.BEAMS, answers):
+    # transformers 4 repeats the pictures for its beams one by one, so that of two pictures each beam gets other ones.
+    mixed_up = version == "4" and len(CONVERSATIONS[name][1]) > 1
+    for beams, answer in zip(ask_transformers.BEAMS[: 1 if mixed_up else None], answers):
       generated = get(f"answer{beams}").tolist()
       assert (generated[: generated.index(eos_id)] if eos_id in generated else generated) == answer, (name, beams)
   greedy, *searched = zip(*(answers for _, _, answers, _ in ours[kind]))
