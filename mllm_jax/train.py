@@ -108,6 +108,7 @@ def train_stage(run) -> None:
   from mllm_jax import build, flops, parameters, train_vdim
   from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.models.mllm import abstract
+  from mllm_jax.processors import make_processor
   from mllm_jax.stage_data import load_data
   from mllm_jax.training import optimizer as optimizer_lib
   from mllm_jax.training import step as step_lib
@@ -121,7 +122,7 @@ def train_stage(run) -> None:
   # ---- data ----------------------------------------------------------------------------------------------------------
   model_config = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
   tokenizer = build.tokenizer_folder(config.model.llm)
-  processor = build.make_processor(model_config, tokenizer, stage.data)
+  processor = make_processor(model_config, tokenizer, stage.data)
   for turn in data_turns(stage):
     with distributed.agreed(f"{name}, data"):
       if distributed.is_first() in turn:

@@ -14,6 +14,7 @@ from buckets import Bucket
 import mllm_jax
 from mllm_jax import build, convert, sharding
 from mllm_jax.config import DataConfig, LoraConfig, MeshConfig, ModelRecipe, ProjectorConfig
+from mllm_jax.data.chat import load_tokenizer
 from mllm_jax.weights.errors import WeightsError
 from mllm_jax.weights.folder import Manifest, images_of, write
 from mllm_jax.weights.tensors import InMemory
@@ -52,7 +53,7 @@ def loaded(vision: str, llm: str, projector: str = "") -> dict:
   config = build.architecture(recipe, LoraConfig())
   rates = {path: 1e-3 if path.startswith("projector/") else 0.0 for path in expected()}
   mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
-  build.load_tokenizer(build.tokenizer_folder(llm))
+  load_tokenizer(build.tokenizer_folder(llm))
   assert len(build.fingerprints(recipe)["llm"]) == 16
   return build.load_parameters(config, recipe, rates, 0, mesh)
 

@@ -104,6 +104,7 @@ def processor(args: argparse.Namespace, settings: DataSettings) -> Processor | N
     aspect = Square(VisionConfig(), tokens)
     return Processor(tokenizer, aspect, data.template, data.max_length, data.max_images)
   from mllm_jax import build  # takes seconds
+  from mllm_jax.processors import make_processor
   from mllm_jax.weights.known import WeightsError
 
   recipe = settings.recipe.model if settings.recipe else ModelRecipe()
@@ -116,7 +117,7 @@ def processor(args: argparse.Namespace, settings: DataSettings) -> Processor | N
   recipe = dataclasses.replace(recipe, projector=projector, **given)
   try:
     model = build.architecture(recipe, (settings.stage or StageConfig()).lora)
-    return build.make_processor(model, build.tokenizer_folder(recipe.llm), data)
+    return make_processor(model, build.tokenizer_folder(recipe.llm), data)
   except WeightsError as error:
     raise ConfigError(str(error)) from error
 

@@ -82,7 +82,7 @@ class MjSynth(Sequence):
 
 def iiit5k(matrix: Path) -> list[Example]:
   """The words of traindata.mat or testdata.mat: a structure with the fields ImgName and GroundTruth."""
-  from scipy.io import loadmat  # comes with jax; only this needs it
+  from scipy.io import loadmat  # only this needs it
 
   key = matrix.stem
   try:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mllm_jax import build
+from mllm_jax import processors
 from mllm_jax.batch import Batch
 from mllm_jax.config import SHUFFLED, ConfigError, DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat, dynamic_tiles
@@ -79,7 +79,7 @@ def test_a_row_of_a_qwen2_with_internvls_tokens(byte_level_folders, tmp_path):
   model = ModelConfig(vision=VISION, projector=ProjectorConfig(kind="spatial_shuffle", stride=1, dfi_kernel=2))
   assert tokens_per_crop(model) == 2 + 4
   data = DataConfig(image_aspect="tiles", max_slices=2)
-  aspect = build.make_aspect(model, tokenizer, data)
+  aspect = processors.make_aspect(model, tokenizer, data)
   processor = Processor(tokenizer, aspect, "internvl2", 200, 3)
   batch: Batch = processor(["<image>\nWhat?"], [[Image.new("RGB", (112, 56))]])
   start, end = (tokenizer.specials[mark] for mark in ("<img>", "</img>"))
@@ -107,11 +107,11 @@ def with_tokens(folder, to):
 def test_what_cannot_be_tiled(kind, data, message, tokenizers):
   model = ModelConfig(vision=VISION, projector=ProjectorConfig(kind=kind, query_grid=2))
   with pytest.raises(ConfigError, match=message):
-    build.make_aspect(model, tokenizers[False], data)
+    processors.make_aspect(model, tokenizers[False], data)
 
 
 def test_without_the_marks_in_the_vocabulary_there_is_no_frame(tokenizers):
   for kind in SHUFFLED:
     model = ModelConfig(vision=VISION, decoder=DecoderConfig(), projector=ProjectorConfig(kind=kind, stride=1))
-    aspect = build.make_aspect(model, tokenizers[False], DataConfig(image_aspect="tiles", max_slices=4))
+    aspect = processors.make_aspect(model, tokenizers[False], DataConfig(image_aspect="tiles", max_slices=4))
     assert aspect.frame == () and aspect.most_crops == 5

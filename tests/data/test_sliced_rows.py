@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax import build
+from mllm_jax import processors
 from mllm_jax.config import ConfigError, DataConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import slices
 from mllm_jax.data.aspects import Slices
@@ -109,18 +109,18 @@ def test_aspects_that_a_model_can_read(tokenizers):
   tokenizer = tokenizers[False]
   model = ModelConfig(projector=ProjectorConfig(kind="hiwin"))
   data = DataConfig(image_aspect="slices")
-  made = build.make_aspect(model, tokenizer, data)
+  made = processors.make_aspect(model, tokenizer, data)
   assert (made.tokens_per_crop, made.patches, made.most_crops, made.organisation) == (144, 576, 7, "spatial")
   assert tokenizer.decode([made.separators[0]]).strip() == "," and tokenizer.decode([made.separators[1]]) == "\n"
   with_projector = lambda **fields: dataclasses.replace(model, projector=ProjectorConfig(kind="hiwin", **fields))
-  assert build.make_aspect(with_projector(separators="released"), tokenizer, data).separators == (29892, 13)
+  assert processors.make_aspect(with_projector(separators="released"), tokenizer, data).separators == (29892, 13)
   for model, data, message in (
     (with_projector(separators="comma"), data, "projector.separators='comma' is unknown; known: text, released"),
     (with_projector(organisation="rows"), data, "organisation='rows' is unknown"),
     (model, DataConfig(image_aspect="slices", max_slices=0), "max_slices=0: 1 takes the whole image only"),
   ):
     with pytest.raises(ConfigError, match=message):
-      build.make_aspect(model, tokenizer, data)
+      processors.make_aspect(model, tokenizer, data)
 
 
 def test_patches_and_pictures():

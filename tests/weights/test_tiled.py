@@ -62,12 +62,12 @@ def test_other_ways_of_tiling_are_refused(tmp_path, fields, told):
 
 
 def test_tiles_need_the_token(tmp_path):
-  from mllm_jax import build
+  from mllm_jax import processors
   from mllm_jax.config import ConfigError
 
   with pytest.raises(ConfigError, match="image_aspect=anyres needs model.projector.image_newline=True"):
-    build.make_aspect(layouts.model(), None, DataConfig(image_aspect="anyres"))
+    processors.make_aspect(layouts.model(), None, DataConfig(image_aspect="anyres"))
   with pytest.raises(ConfigError, match="image_aspect='square' is unknown; known: pad, anyres, tiles, slices"):
-    build.make_aspect(layouts.model(), None, DataConfig(image_aspect="square"))
+    processors.make_aspect(layouts.model(), None, DataConfig(image_aspect="square"))
   with pytest.raises(ConfigError, match="image_aspect=slices needs a projector .*hiwin.*kind is 'mlp2x_gelu'"):
-    build.make_aspect(layouts.model(), None, DataConfig(image_aspect="slices"))
+    processors.make_aspect(layouts.model(), None, DataConfig(image_aspect="slices"))
