@@ -65,6 +65,11 @@ MODELS = {
   "json_normalizer": VICUNA,
   "bytes": QWEN,
 }
+TEMPLATES = dict.fromkeys(MODELS, "vicuna_v1") | {
+  "json_new": "mistral_instruct",
+  "json_normalizer": "mistral_instruct",
+  "bytes": "qwen2_5",
+}
 PICTURES = {"wide": (91, 40), "tall": (33, 70), "square": (64, 64)}
 CONVERSATIONS = {  # turns, pictures, the system's text
   "one turn": ([Turn("human", "<image>\nWhat is in the picture?")], ["wide"], None),

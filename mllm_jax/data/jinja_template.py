@@ -40,7 +40,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(text: str) -> jinja2.Template:
+def compiled(text: str) -> jinja2.Template:
   """A template in the environment that transformers gives it, but for the date: ids must not depend on the day."""
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -62,7 +62,7 @@ def render(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer, add_gen
       "choose another data.template"
     )
   try:
-    template = _compiled(tokenizer.chat_template)
+    template = compiled(tokenizer.chat_template)
     return template.render(
       messages=list(messages),
       add_generation_prompt=add_generation_prompt,

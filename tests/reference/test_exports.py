@@ -14,7 +14,7 @@ import ask_transformers
 import jax
 import numpy as np
 import pytest
-from export_cases import CONVERSATIONS, MODELS, pictures, write_tokenizers
+from export_cases import CONVERSATIONS, MODELS, TEMPLATES, pictures, write_tokenizers
 from flax import nnx
 
 from mllm_jax import convert, parameters
@@ -56,7 +56,7 @@ def exported(workspace, tokenizer_folders):
     parts = {"vision": config.vision, "decoder": config.decoder, "projector": config.projector}
     arrays = {path: np.asarray(value) for path, value in parameters.flatten(made[kind][1])[1].items()}
     stored = workspace / "stored" / kind
-    folder.write(stored, folder.Manifest(parts, "vicuna_v1"), InMemory(arrays), str(tokenizer_folders[kind]))
+    folder.write(stored, folder.Manifest(parts, TEMPLATES[kind]), InMemory(arrays), str(tokenizer_folders[kind]))
     assert convert.main(["export", f"--checkpoint={stored}", "--format=hf", f"--out={made[kind][0]}"]) == 0
   return made
 
@@ -68,7 +68,8 @@ def ours(exported, tokenizer_folders):
   forward = jax.jit(lambda model, batch: model.logits(batch))
   for kind, (_, model) in exported.items():
     config, tokenizer = MODELS[kind], chat.load_tokenizer(str(tokenizer_folders[kind]))
-    processor = Processor(tokenizer, Square(config.vision, projectors.tokens_per_crop(config)), "vicuna_v1", PLACES, 2)
+    fit = Square(config.vision, projectors.tokens_per_crop(config))
+    processor = Processor(tokenizer, fit, TEMPLATES[kind], PLACES, 2)
     engine, results[kind] = Engine(model, processor, rows=max(ask_transformers.BEAMS)), []
     for turns, names, system in CONVERSATIONS.values():
       pictures_of_row = [files[name] for name in names]

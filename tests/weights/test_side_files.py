@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from export_cases import CONVERSATIONS, MODELS, QWEN, VICUNA, write_tokenizers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from mllm_jax.config import ConfigError, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat
@@ -16,7 +16,6 @@ from mllm_jax.weights.side_files import chat_template
 from mllm_jax.weights.side_files.official import literals
 
 KINDS = pytest.mark.parametrize("kind", list(MODELS))
-EOS = {"bytes": "<|im_end|>"}
 RELEASED = ModelConfig()  # LLaVA-SP on CLIP-L at 336 pixels
 
 
@@ -68,16 +67,73 @@ def test_the_vocabulary_follows_llava_hf(tokenizer_folders, exported, tmp_path):
 @KINDS
 def test_the_exported_tokenizer_makes_our_ids(tokenizer_folders, exported, kind):
   (folder, vocabulary), tokenizer = exported[kind], chat.load_tokenizer(str(tokenizer_folders[kind]))
-  backend, eos = Tokenizer.from_file(str(folder / "tokenizer.json")), EOS.get(kind, "</s>")
-  spaces = chat_template.matching_spaces(backend, tokenizer, vocabulary.image_token_id, eos)
-  for turns, names, _ in CONVERSATIONS.values():
-    ours = chat.encode_prompt(turns, "vicuna_v1", tokenizer, len(names))
-    expected = np.where(ours < 0, vocabulary.image_token_id, ours).tolist()
-    assert backend.encode(chat_template.prompt_text(turns, spaces, eos)).ids == expected
+  backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
   written = (folder / "chat_template.jinja").read_text()
-  assert written == chat_template.jinja(spaces, eos) == read(folder / "chat_template.json")["chat_template"]
+  assert written == read(folder / "chat_template.json")["chat_template"]
+  for turns, names, system in CONVERSATIONS.values():
+    ours = chat.encode_prompt(turns, "vicuna_v1", tokenizer, len(names), system)
+    expected = np.where(ours < 0, vocabulary.image_token_id, ours).tolist()
+    assert backend.encode(rendered(written, turns, system, tokenizer)).ids == expected
   # where the tokenizer puts no space after a special token the template has one, before the newline
-  assert (spaces.before_newline == " ") == (kind in ("spm_new", "json_new"))
+  assert ('before_newline = " "' in written) == (kind in ("spm_new", "json_new"))
+
+
+def rendered(template, turns, system, tokenizer):
+  """What transformers makes of a conversation whose answer is due."""
+  from transformers.utils.chat_template_utils import render_jinja_template
+
+  named = {"bos_token": "", "eos_token": ""} | tokenizer.named
+  messages = chat_template.messages(turns, system)
+  return render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **named)[0][0]
+
+
+LLAMA_3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+OWN = """{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>
+
+{{ message['content'] | trim }}<|eot_id|>{% endfor %}
+{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def llama_3_folder(tokenizer_folders, tmp_path_factory):
+  """A tokenizer of bytes that begins every text with a token, with a template of its own."""
+  folder = tmp_path_factory.mktemp("llama_3")
+  backend = Tokenizer.from_file(str(tokenizer_folders["bytes"] / "tokenizer.json"))
+  backend.add_special_tokens(LLAMA_3)
+  start = (LLAMA_3[0], backend.token_to_id(LLAMA_3[0]))
+  backend.post_processor = processors.TemplateProcessing(single=f"{LLAMA_3[0]} $A", special_tokens=[start])
+  backend.save(str(folder / "tokenizer.json"))
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": LLAMA_3[0], "eos_token": "<|endoftext|>"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": OWN}))
+  return folder
+
+
+@pytest.mark.parametrize(
+  "kind, template",
+  [
+    *(("bytes", name) for name in ("chatml", "chatml_released", "qwen2_5", "internvl2")),
+    *((kind, "mistral_instruct") for kind in MODELS),
+    *(("llama_3", name) for name in ("llava_llama_3", "jinja", "vicuna_v1", "mistral_instruct")),
+  ],
+)
+def test_every_template_makes_our_ids(tokenizer_folders, llama_3_folder, tmp_path, kind, template):
+  source = llama_3_folder if kind == "llama_3" else tokenizer_folders[kind]
+  model, tokenizer = MODELS.get(kind, QWEN), chat.load_tokenizer(str(source))
+  vocabulary = side_files.hf_vocabulary(source, model.decoder)
+  side_files.write_hf(tmp_path, model, source, template, vocabulary, "bfloat16")
+  backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  written = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
+  for turns, names, system in CONVERSATIONS.values():
+    ours = chat.encode_prompt(turns, template, tokenizer, len(names), system)
+    expected = np.where(ours < 0, vocabulary.image_token_id, ours).tolist()
+    assert backend.encode(rendered(written, turns, system, tokenizer)).ids == expected
+  # generation ends at the template's token, and at the tokenizer's as ours does
+  ends = {tokenizer.eos_id, chat.end_id(template, tokenizer)}
+  found = read(tmp_path / "generation_config.json")["eos_token_id"]
+  assert (set(found) if isinstance(found, list) else {found}) == ends
+  assert len(ends) == 1 + (template in ("llava_llama_3", "jinja"))
 
 
 @KINDS
@@ -151,7 +207,7 @@ def test_what_transformers_cannot_express_is_refused(tokenizer_folders, tmp_path
 
   with pytest.raises(ConfigError, match="projector.kind='spatial' .* official layout"):
     write(dataclasses.replace(VICUNA, projector=ProjectorConfig()))
-  with pytest.raises(ConfigError, match="template 'chatml' .* vicuna_v1, plain"):
+  with pytest.raises(DataError, match=r"no special token '<\|im_start\|>'"):
     write(template="chatml")
   with pytest.raises(ConfigError, match="float64.*float32, float16, bfloat16"):
     write(dtype="float64")
@@ -167,7 +223,7 @@ def test_a_tokenizer_that_no_template_fits_is_refused(tokenizer_folders, exporte
   backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
   other = chat.load_tokenizer(str(tokenizer_folders["spm_new"]))
   with pytest.raises(ConfigError, match="no chat template gives our token ids"):
-    chat_template.matching_spaces(backend, other, vocabulary.image_token_id, "</s>")
+    chat_template.jinja("vicuna_v1", other, backend, vocabulary.image_token_id)
 
 
 def test_the_official_config_is_the_released_one(tokenizer_folders, tmp_path):

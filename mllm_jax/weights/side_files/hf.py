@@ -43,12 +43,12 @@ def write_hf(
     folder: exists, or is made.
     model: with projector kind "mlp2x_gelu".
     tokenizer_folder: the language model's folder, with its tokenizer and its config.json.
-    template: the one the model was trained with, "vicuna_v1" or "plain"; both are asked with the first.
+    template: the one the model was trained with; "plain" is asked with "vicuna_v1".
     vocabulary: from `hf_vocabulary`.
     dtype: of the weights: "float32", "float16" or "bfloat16".
 
-  Raises ConfigError for a model, a template or a type that the layout cannot express, and where no chat template gives
-  our token ids; DataError where the tokenizer cannot be used.
+  Raises ConfigError for a model or a type that the layout cannot express, and where no chat template gives our token
+  ids; DataError where the tokenizer cannot be used, with this template or at all.
   """
   check_dtype(dtype)
   if model.projector.kind != "mlp2x_gelu":
@@ -56,19 +56,20 @@ def write_hf(
       f"projector.kind={model.projector.kind!r} cannot be exported to transformers, whose Llava has a projector of "
       "patches only; use the official layout"
     )
-  if template not in chat_template.TEMPLATES:
-    raise ConfigError(f"template {template!r} has no counterpart in Jinja; known: {', '.join(chat_template.TEMPLATES)}")
   tower = vision_config(model.vision)
   folder, source = Path(folder), Path(tokenizer_folder)
   ours, theirs = chat.load_tokenizer(str(source)), chat.hf_tokenizer(source)
   content = tokenizer_files.extended(theirs, vocabulary)
-  spaces = chat_template.matching_spaces(_backend(content), ours, vocabulary.image_token_id, theirs.eos_token)
+  backend = Tokenizer.from_str(json.dumps(content))
+  template_text = chat_template.jinja(template, ours, backend, vocabulary.image_token_id)
   folder.mkdir(parents=True, exist_ok=True)
 
   ids = {"bos_token_id": theirs.bos_token_id, "eos_token_id": ours.eos_id, "pad_token_id": vocabulary.pad_token_id}
+  ends = sorted({ours.eos_id, chat.end_id(template, ours)})
   tokenizer_files.write(folder, source, theirs, content)
   write_json(folder / "config.json", config(model, tower, vocabulary, ids, dtype))
-  write_json(folder / "generation_config.json", ids | {"transformers_version": TRANSFORMERS_VERSION})
+  ending = {"eos_token_id": ends if len(ends) > 1 else ends[0], "transformers_version": TRANSFORMERS_VERSION}
+  write_json(folder / "generation_config.json", ids | ending)
   write_json(folder / "preprocessor_config.json", preprocessor_config(model.vision))
   write_json(
     folder / "processor_config.json",
@@ -80,7 +81,6 @@ def write_hf(
       "vision_feature_select_strategy": _strategy(model.vision),
     },
   )
-  template_text = chat_template.jinja(spaces, theirs.eos_token)
   (folder / "chat_template.jinja").write_text(template_text, encoding="utf-8")
   write_json(folder / "chat_template.json", {"chat_template": template_text})  # where transformers before 4.50 looks
 
@@ -176,10 +176,6 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
     "image_mean": list(vision.mean),
     "image_std": list(vision.std),
   }
-
-
-def _backend(content: dict[str, Any]) -> Tokenizer:
-  return Tokenizer.from_str(json.dumps(content))
 
 
 def _strategy(vision: VisionConfig) -> str:
