@@ -41,7 +41,7 @@ EXPORT = """Writes a model's folder for other tools:
 
   hf        LLaVA-1.5-type models in llava-hf's names with processor, tokenizer and chat template, for transformers
             4.57 and 5, vLLM and SGLang; pictures stay padded to a square (do_pad)
-  official  what the released LLaVA, LLaVA-SP and LLaVA-UHD v2 code loads
+  official  what the released LLaVA, LLaVA-SP, LLaVA-UHD v2 and InternVL 2 code loads
   peft      the adapter and the projector only
 
 examples:

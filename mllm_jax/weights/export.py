@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.config import SHUFFLED, LoraConfig, ModelConfig
-from mllm_jax.weights import clip, folder, hiwin, llama, mlp, peft, side_files, siglip
+from mllm_jax.weights import clip, folder, hiwin, internvit, internvl, llama, mlp, peft, side_files, siglip
 from mllm_jax.weights.assemble import StoredModel, belongs
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.mapping import Theirs
@@ -43,7 +43,7 @@ def export(
 
   Args:
     layout: "hf" (LLaVA-1.5-type models, for transformers, vLLM and SGLang), "official" (what the released code of
-      LLaVA, LLaVA-SP and LLaVA-UHD v2 loads) or "peft" (the adapter and the projector only).
+      LLaVA, LLaVA-SP, LLaVA-UHD v2 and InternVL 2 loads) or "peft" (the adapter and the projector only).
     merge: folds the adapter into the decoder; otherwise it is written apart.
     dtype: of the weights, "" for the one that most of them are stored in.
     vision_tower: of "official", where the released code shall find the tower: a folder or a repository; "" for where
@@ -60,20 +60,21 @@ def export(
     raise WeightsError("the model has no adapter to write; export it as hf or official")
   if layout not in FORMATS:
     raise WeightsError(f"format {layout!r} is unknown; known: {', '.join(FORMATS)}")
-  if config.projector.kind in SHUFFLED or config.vision.layer_scale:
-    raise WeightsError(
-      "an InternVL tower or projector is written in no layout of other tools; keep the folder that this project writes"
-    )
+  of_internvl = config.projector.kind in SHUFFLED or config.vision.layer_scale
+  if of_internvl and (layout != "official" or lora is not None):
+    raise WeightsError("an InternVL tower or projector is written as official only, with the adapter merged")
   if layout != "peft" and not stored.tokenizer:
     raise WeightsError("the model has no tokenizer, which other tools need; import it again with its tokenizer")
   base = base_model or origin(stored, "decoder", ("language model",), "--base_model") if lora is not None else ""
   tower = vision_tower
-  if layout == "official" and not tower:
+  if layout == "official" and not tower and not of_internvl:
     tower = origin(stored, "vision", ("vision tower",), "--vision_tower")
   source = Cast(stored.tensors, np.dtype(dtype or stored.dtype()))
   with folder.beside(out, overwrite=overwrite) as partial:
     if layout == "hf":
       write_hf(partial, stored, config, source, progress)
+    elif of_internvl:
+      write_internvl(partial, stored, config, source, progress)
     elif layout == "official":
       write_official(partial, stored, config, source, tower, base, progress)
     else:
@@ -142,6 +143,20 @@ def write_official(
     dtype=str(source.to),
     lora=lora is not None,
   )
+
+
+def write_internvl(
+  out: Path, stored: StoredModel, config: ModelConfig, source: Tensors, progress: Progress | None
+) -> None:
+  """What InternVL 2's released code loads."""
+  template, images = stored.manifest.template, stored.manifest.images
+  side_files.write_internvl(out, config, stored.tokenizer, template, images, str(source.to))
+  tensors = Joined(
+    Theirs(part(source, "vision"), internvit.table(config.vision)),
+    Theirs(part(source, "decoder"), llama.table(config.decoder, CLASSIC_DECODER)),
+    Theirs(part(source, "projector"), internvl.table()),
+  )
+  write_safetensors(out, tensors, progress=progress)
 
 
 def write_adapter(

@@ -28,6 +28,7 @@ COMPUTED = {
   },
 }
 PROJECTOR = ProjectorConfig(kind="pixel_shuffle")
+TILES = 12  # that its own code takes at most, where config.json does not say
 
 
 def table(naming: str = "official") -> Table:
@@ -63,3 +64,10 @@ def parts_of(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
   if size != vision.get("image_size"):
     raise WeightsError(f"{where}: crops of {size} pixels for a tower of {vision.get('image_size')} are not read")
   return vision, text, layer
+
+
+def images_of(content: Mapping[str, Any]) -> dict[str, Any]:
+  """How a released model's config.json says that pictures become tiles, as in a folder's manifest; {} where it does not
+  say."""
+  most = content.get("max_dynamic_patch")
+  return {"image_aspect": "tiles", "max_slices": most} if isinstance(most, int) and most > 0 else {}

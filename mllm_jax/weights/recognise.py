@@ -242,7 +242,8 @@ def of_internvl(path: places.Place, local: Path, names: list[str], content: dict
       "--template",
     )
   )
-  return Found(str(path), "InternVL 2", parts, tokenizer_of(local, names), template, notes=notes)
+  tokenizer, images = tokenizer_of(local, names), internvl.images_of(content)
+  return Found(str(path), "InternVL 2", parts, tokenizer, template, notes=notes, images=images)
 
 
 def cropping(local: Path) -> tuple[str, ...]:

@@ -1,14 +1,18 @@
 """InternVL's checkpoints: names, the joined matrix of queries, keys and values, what is read and what is refused."""
 
+import dataclasses
 import json
 
 import layouts
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from mllm_jax.config import ModelConfig, ProjectorConfig, VisionConfig
-from mllm_jax.weights import assemble, export, internvit, internvit_hf, internvl, known, mapping, qwen2
+from mllm_jax import convert
+from mllm_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
+from mllm_jax.data import chat
+from mllm_jax.data.records import DataError
+from mllm_jax.weights import assemble, export, internvit, internvit_hf, internvl, known, mapping, qwen2, side_files
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.recognise import recognise
 
@@ -93,8 +97,71 @@ def test_a_whole_model(tmp_path, released):
   for name in stored.tensors.names():
     expected = arrays[name][:2] if name.startswith("vision/layers/") else arrays[name]
     np.testing.assert_array_equal(stored.tensors.read(name), expected)
-  with pytest.raises(WeightsError, match="written in no layout of other tools"):
+  with pytest.raises(WeightsError, match="written as official only"):
     export.export(stored, "hf", tmp_path / "out", merge=True)
+  with pytest.raises(DataError, match="no special token '<.im_start.>'"):
+    export.export(stored, "official", tmp_path / "out", merge=True)
+  assert not (tmp_path / "out").exists()
+
+
+MARKS = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+
+
+def with_marks(folder, marks):
+  """Adds special tokens to a folder's tokenizer."""
+  tokenizer = chat.hf_tokenizer(folder)
+  tokenizer.add_special_tokens({"additional_special_tokens": marks})
+  tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_the_released_layout_comes_back_as_it_was(tmp_path, layer):
+  changes = {"select_layer": layer, "max_dynamic_patch": 6}
+  folder, _, tensors = written(tmp_path / "released", True, changes)
+  with_marks(folder, MARKS)
+  assert convert.main(["import", f"--model={folder}", f"--out={tmp_path / 'ours'}"]) == 0
+  command = ["export", f"--checkpoint={tmp_path / 'ours'}", "--format=official", f"--out={tmp_path / 'back'}"]
+  assert convert.main(command) == 0
+  back = load_file(tmp_path / "back" / "model.safetensors")
+  used = {name: x for name, x in tensors.items() if layer == -1 or "encoder.layers.2." not in name}
+  assert back.keys() == used.keys()
+  for name, x in used.items():
+    np.testing.assert_array_equal(back[name], x, strict=True)
+  content = json.loads((tmp_path / "back" / "config.json").read_text())
+  expected = RELEASED | {"select_layer": -1, "max_dynamic_patch": 6, "architectures": ["InternVLChatModel"]}
+  expected["vision_config"] = TOWER | {"num_hidden_layers": 3 if layer == -1 else 2}
+  for part in ("vision_config", "llm_config"):
+    assert content[part].items() >= expected.pop(part).items()
+  assert content.items() >= expected.items()
+  ours, again = (assemble.open_model(str(tmp_path / name)) for name in ("ours", "back"))
+  vision = dataclasses.replace(ours.config().vision, layers=content["vision_config"]["num_hidden_layers"])
+  assert again.config() == dataclasses.replace(ours.config(), vision=dataclasses.replace(vision, select_layer=-1))
+  assert ours.manifest.images == again.manifest.images == {"image_aspect": "tiles", "max_slices": 6}
+  assert again.manifest.template == "internvl2"
+  ids = [chat.load_tokenizer(model.tokenizer).specials for model in (ours, again)]
+  assert ids[0] == ids[1] and set(MARKS) <= set(ids[0])
+
+
+def test_what_the_released_code_would_not_ask_alike_is_refused(tmp_path):
+  tokenizer = layouts.tokenizer(tmp_path / "tokenizer")
+  with_marks(tokenizer, MARKS[:2])
+  write = lambda model=MODEL, template="internvl2", images={}: side_files.write_internvl(
+    tmp_path / "out", model, tokenizer, template, images, "float32"
+  )
+  with pytest.raises(ConfigError, match="no <img>, </img>, <IMG_CONTEXT>"):
+    write()
+  with_marks(tokenizer, MARKS)
+  for kind in ("spatial_shuffle", "mlp2x_gelu"):
+    with pytest.raises(ConfigError, match=f"projector.kind='{kind}'"):
+      write(dataclasses.replace(MODEL, projector=ProjectorConfig(kind=kind)))
+  with pytest.raises(ConfigError, match="mistral language model"):
+    decoder = dataclasses.replace(MODEL.decoder, attention_bias=False, sliding_window=8)
+    write(dataclasses.replace(MODEL, decoder=decoder))
+  with pytest.raises(ConfigError, match="template 'vicuna_v1'"):
+    write(template="vicuna_v1")
+  with pytest.raises(ConfigError, match="image_aspect='pad'"):
+    write(images={"image_aspect": "pad"})
+  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("released", [True, False])
