@@ -21,6 +21,8 @@ CONFIG = ModelConfig(
   dtype="float32",
   remat="full",
 )
+# of which an unused crop sees nothing at all
+SIGLIP = dict(class_token=False, patch_bias=True, pre_norm=False, activation="gelu_pytorch_tanh")
 KINDS = {
   "hiwin": dataclasses.replace(CONFIG.projector, levels=(0, 1)),
   "bilinear": dataclasses.replace(CONFIG.projector, pyramid="bilinear", levels=(0, 1, 2), pooling="fixed"),
@@ -32,8 +34,10 @@ OTHERS = [kind for kind in KINDS if kind not in ("hiwin", "uhd_v1")]
 GRIDS = np.array([[[8, 8], [3, 16], [0, 0]], [[21, 3], [1, 64], [8, 7]]], np.int32)
 
 
-def make(projector: ProjectorConfig):
-  config = dataclasses.replace(CONFIG, projector=projector)
+def make(kind: str):
+  """VDIM's model has a SigLIP tower, the others have CLIP's."""
+  vision = dataclasses.replace(CONFIG.vision, **SIGLIP if kind == "hiwin" else {})
+  config = dataclasses.replace(CONFIG, projector=KINDS[kind], vision=vision)
   graphdef, flat = parameters.flatten(Mllm(config, rngs=nnx.Rngs(0)))
   # Larger than a fresh model's, so that no part is lost beside another.
   flat = {path: np.asarray(x) * (4 if path.endswith("kernel") and x.ndim > 1 else 1) for path, x in flat.items()}
@@ -49,7 +53,7 @@ def crops(grids: np.ndarray, seed: int = 0, padding: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["hiwin", "uhd_v1", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)])
 def test_an_image_gets_in_a_mixed_batch_what_it_gets_alone(kind):
-  graphdef, flat = make(KINDS[kind])
+  graphdef, flat = make(kind)
   run = released.jit(lambda flat, patches, grids: parameters.unflatten(graphdef, flat).visual_tokens(patches, grids))
   patches, grids = np.concatenate([crops(GRIDS), crops(GRIDS[::-1], 1)]), np.concatenate([GRIDS, GRIDS[::-1]])
   mixed = np.asarray(run(flat, patches[:2], grids[:2])).reshape(2, 3, 16, -1)
@@ -69,7 +73,7 @@ def test_an_image_gets_in_a_mixed_batch_what_it_gets_alone(kind):
 @pytest.mark.parametrize("kind", ["hiwin", pytest.param("deconv", marks=pytest.mark.long)])
 def test_gradients_on_a_mesh_are_those_of_one_device(kind):
   """Gradients of everything, the tower's too: stage 2 of LLaVA-UHD v2 trains it."""
-  graphdef, flat = make(KINDS[kind])
+  graphdef, flat = make(kind)
   grids = np.concatenate([GRIDS, GRIDS[:, ::-1]] * 2)
   patches = crops(grids)
   cotangent = np.random.default_rng(2).normal(size=(8, 48, 32)).astype(np.float32)

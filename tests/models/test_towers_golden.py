@@ -81,6 +81,26 @@ def test_siglip_features():
   released.check_close("siglip embeddings", embedded, golden["hidden_0"], relative=0, floor=1e-5)
 
 
+def test_siglip_features_at_any_aspect():
+  """Slices with this tower: crops of two shapes and an unused one in one batch."""
+  weights, golden = released.read("siglip_tiny"), released.read("siglip_any_aspect")
+  config = siglip.parse(json.loads(str(weights["config_json"])), "siglip_tiny.npz, config_json")
+  tower = nnx.eval_shape(lambda: VisionTower(config, any_aspect=True, dtype="float32", rngs=nnx.Rngs(0)))
+  tower = released.fill(tower, "vision/", siglip.table(config), released.group(weights, "w."))
+  grids = np.concatenate([golden["grids"], np.zeros((1, 2), np.int32)])
+  draw = np.random.default_rng(int(golden["seed"]))
+  patches = np.full((3, 64, 3 * 16**2), 255, np.uint8)
+  for crop, (rows, columns) in enumerate(golden["grids"]):
+    image = draw.integers(0, 256, (rows * 16, columns * 16, 3), np.uint8)
+    patches[crop, : rows * columns] = patchify(image, 16)
+  run = released.jit(lambda tower, patches, grids: tower(tower.normalise(patches), grids))
+  features = np.asarray(run(tower, patches, grids))
+  assert np.isfinite(features).all()
+  for crop in range(2):
+    expected = golden[f"features{crop}"]
+    released.check_close(f"crop {crop}", features[crop, : len(expected)], expected, relative=0, floor=1e-5)
+
+
 @pytest.fixture(scope="module", params=["mha", "gqa2"])
 def case(request, tmp_path_factory):
   """(name, golden, decoder config, decoder with its weights)."""

@@ -62,8 +62,8 @@ def fill(make, prefix, sources):
   return parameters.unflatten(graphdef, {path.removeprefix(prefix): x for path, x in loaded.items()})
 
 
-def our_tower(config, weights, table) -> VisionTower:
-  make = lambda: VisionTower(config, dtype="float32", rngs=nnx.Rngs(0))
+def our_tower(config, weights, table, any_aspect=False) -> VisionTower:
+  make = lambda: VisionTower(config, any_aspect=any_aspect, dtype="float32", rngs=nnx.Rngs(0))
   return fill(make, "vision/", [(weights, table, lambda path: True)])
 
 
@@ -121,6 +121,30 @@ def test_siglip_gives_transformers_features(tmp_path, image_size, select_layer):
   close(tower(patchify(images, 14)), expected)
   if select_layer == -2:
     np.testing.assert_array_equal(output.hidden_states[-2].numpy(), expected)
+
+
+@pytest.mark.parametrize("image_size", [56, 58])
+def test_siglip_at_any_aspect_is_transformers_interpolating_its_positions(tmp_path, image_size):
+  import torch
+  from transformers import SiglipVisionConfig, SiglipVisionModel
+
+  torch.manual_seed(0)
+  model = shaken(SiglipVisionModel(SiglipVisionConfig(**SIGLIP, image_size=image_size)))
+  model.save_pretrained(tmp_path)
+  config = siglip.read_config(tmp_path)
+  tower = our_tower(config, open_weights(tmp_path), siglip.table(config), any_aspect=True)
+  draw = np.random.default_rng(0)
+  grids, features, patches = [(2, 7), (4, 4), (6, 1)], [], np.full((3, 17, 3 * 14**2), 9.0, np.float32)
+  for crop, (rows, columns) in enumerate(grids):
+    image = draw.normal(size=(rows * 14, columns * 14, 3)).astype(np.float32)
+    patches[crop, : rows * columns] = patchify(image, 14)
+    pixels = torch.from_numpy(np.moveaxis(image, -1, 0)[None].copy())
+    with torch.no_grad():
+      output = model(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+    features.append(output.hidden_states[-2][0].numpy())
+  found = np.asarray(tower(patches, np.array(grids, np.int32)))
+  for crop, expected in enumerate(features):
+    close(found[crop, : len(expected)], expected)
 
 
 def test_the_vision_half_of_a_siglip_model(tmp_path):
