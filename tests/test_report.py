@@ -14,6 +14,7 @@ from mllm_jax import report
 from mllm_jax.config import Config
 from mllm_jax.data.records import DataError
 from mllm_jax.inference.evaluate import Prediction, Question
+from mllm_jax.report import answers, chart, curves
 
 NASTY = "<script>alert('x')</script> & \"quoted\""
 VOID = {"meta", "img", "br", "line", "circle", "polyline"}
@@ -99,13 +100,13 @@ def test_shows_scores_curves_and_pictures(tmp_path, log, predictions):
     assert f"{score}\u2009%" in text
   assert "50.0\u2009%" not in text  # an earlier evaluation of the same stage
   assert page.tags.count("svg") == 4  # loss and learning rate of two stages
-  assert page.tags.count("article") == report.PICTURES
+  assert page.tags.count("article") == answers.PICTURES
   pictures = [value for name, value in page.attributes if name == "src"]
-  assert len(pictures) == len(set(pictures)) == report.PICTURES  # every question on a picture of its own
-  assert text.count("\u2713 right") + text.count("\u2717 wrong") == report.PICTURES
+  assert len(pictures) == len(set(pictures)) == answers.PICTURES  # every question on a picture of its own
+  assert text.count("\u2713 right") + text.count("\u2717 wrong") == answers.PICTURES
   assert "\u2717 wrong" in text
   picture = Image.open(io.BytesIO(base64.b64decode(pictures[0].removeprefix("data:image/png;base64,"))))
-  assert picture.format == "PNG" and picture.size == (report.PICTURE_SIZE, 24)
+  assert picture.format == "PNG" and picture.size == (answers.PICTURE_SIZE, 24)
 
 
 def test_everything_is_escaped_and_nothing_comes_from_outside(tmp_path, log, predictions):
@@ -120,12 +121,12 @@ def test_everything_is_escaped_and_nothing_comes_from_outside(tmp_path, log, pre
 
 def test_of_a_step_written_twice_the_last_counts(tmp_path):
   rows = [*training_rows("pretrain", 4, 8.0), {"stage": "pretrain", "step": 3, "loss": 77.0}]
-  assert report._curve(rows, "pretrain", "loss") == [(1, 8.0), (2, 4.0), (3, 77.0), (4, 2.0)]
+  assert curves.curve_of(rows, "pretrain", "loss") == [(1, 8.0), (2, 4.0), (3, 77.0), (4, 2.0)]
 
 
 def test_long_curves_are_thinned_to_their_means():
-  curve = report._curve(training_rows("a", 1200, 1.0), "a", "loss")
-  assert len(curve) == report.POINTS and curve[0] == (2, 0.75) and curve[-1][0] == 1200
+  curve = curves.curve_of(training_rows("a", 1200, 1.0), "a", "loss")
+  assert len(curve) == curves.POINTS and curve[0] == (2, 0.75) and curve[-1][0] == 1200
 
 
 def test_steps_without_finite_loss_are_left_out_and_said(tmp_path):
@@ -142,9 +143,9 @@ def test_short_runs_make_a_page_too(tmp_path, losses):
 
 
 def test_ticks_are_round_and_inside():
-  assert report._ticks(0, 6.3, 4) == [0, 2, 4, 6]
-  assert report._ticks(0, 0.9, 4) == [0, 0.25, 0.5, 0.75]
-  assert report._ticks(0, 5200, 5) == [0, 2000, 4000]
+  assert chart.round_ticks(0, 6.3, 4) == [0, 2, 4, 6]
+  assert chart.round_ticks(0, 0.9, 4) == [0, 0.25, 0.5, 0.75]
+  assert chart.round_ticks(0, 5200, 5) == [0, 2000, 4000]
 
 
 def test_a_missing_picture_leaves_the_old_report(tmp_path):
