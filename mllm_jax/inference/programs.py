@@ -70,16 +70,17 @@ class Programs:
     layer = lambda l: jax.tree.map(lambda new: new[l : l + 1], read)
     return [jax.tree.map(write, own, layer(l)) for l, own in enumerate(cache)]
 
-  def _decode(self, decoding, last, draws: Draws, cache, candidates: int):
-    """One more token of each row. last: int32 [B, 2] of each row's last token and its position. (next tokens [B],
-    candidates of beams, cache.)"""
+  def _decode(self, decoding, last, draws: Draws, known, cache, candidates: int):
+    """One more token of each row. last: int32 [B, 2] of each row's last token and its position; where the token is
+    negative it stands in `known` [B], which an earlier call returned. (next tokens [B], candidates of beams, cache.)"""
     flat, apart = decoding
     layers = None
     if apart is not None:
       layers = [parameters.unflatten(self._layer, _turned(flat)) for flat in apart]
       flat = _turned(flat) | {LAYERS + path: x for path, x in apart[0].items()}  # in whose place `layers` are used
     decoder = parameters.unflatten(self._decoder, flat)
-    hidden, cache = decoder.extend(decoder.embed(last[:, :1]), last[:, 1:], cache, layers)
+    tokens = jnp.where(last[:, 0] < 0, known, last[:, 0])
+    hidden, cache = decoder.extend(decoder.embed(tokens[:, None]), last[:, 1:], cache, layers)
     return *self._chosen(decoder.logits(hidden[:, 0]), draws, candidates), self._by_row(cache)
 
   def _chosen(self, logits, draws, candidates):

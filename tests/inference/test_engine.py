@@ -231,7 +231,7 @@ def test_a_token_copies_no_cache(tiny):
     decoding = decoding if apart else (parameters.flatten(tiny.decoder)[1], None)
     cache = made.resize(made.empty(tiny.decoder, apart), rows=4, places=4096)
     draws = programs.Draws.of([(Sampling(), 0, 0)] * 4)
-    args = decoding, np.zeros((4, 2), np.int32), draws, cache
+    args = decoding, np.zeros((4, 2), np.int32), draws, np.zeros(4, np.int32), cache
     memory = made.decode.lower(*args, candidates=0).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= whole(cache)
     assert memory.temp_size_in_bytes < whole(cache) * 0.6  # TINY has two layers; a copy of all would be 1
@@ -257,7 +257,8 @@ def test_weights_are_arguments_not_constants(tiny):
   made, _, decoding = programs.parameters_of(tiny, None)
   cache = made.resize(made.empty(tiny.decoder, True), rows=1, places=128)
   draws = programs.Draws.of([(Sampling(), 0, 0)])
-  text = made.decode.lower(decoding, np.zeros((1, 2), np.int32), draws, cache, candidates=0).as_text()
+  args = decoding, np.zeros((1, 2), np.int32), draws, np.zeros(1, np.int32), cache
+  text = made.decode.lower(*args, candidates=0).as_text()
   assert len(text) < 400_000  # the weights alone would be millions of characters
 
 
