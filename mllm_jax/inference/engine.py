@@ -71,7 +71,7 @@ class Engine:
     if model.config.lora.rank and not model.config.int8_decoder:
       model = lora.merge(model)
     self._programs, self._flat, self._decoding = parameters_of(model, self.mesh)
-    self._empty = self._programs.empty(model.decoder, self._decoding[1] is not None)
+    self._empty = self._programs.empty()
     self._cache, self._size = self._empty, (self._shards, 0)
     # Rows that lie on several devices stay there.
     growing = [4**i for i in range(8 if max_length is None else 1) if 4**i < self.rows and self._shards == 1]

@@ -227,9 +227,8 @@ def test_a_token_copies_no_cache(tiny):
   """Neither of a stacked decoder, where one layer's is read at a time, nor of one that is taken apart."""
   whole = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache))
   for apart in (True, False):
-    made, _, decoding = programs.parameters_of(tiny, None)
-    decoding = decoding if apart else (parameters.flatten(tiny.decoder)[1], None)
-    cache = made.resize(made.empty(tiny.decoder, apart), rows=4, places=4096)
+    made, _, decoding = programs.parameters_of(tiny, None if apart else one_device_mesh)
+    cache = made.resize(made.empty(), rows=4, places=4096)
     draws = programs.Draws.of([(Sampling(), 0, 0)] * 4)
     args = decoding, np.zeros((4, 2), np.int32), draws, np.zeros(4, np.int32), cache
     memory = made.decode.lower(*args, candidates=0).compile().memory_analysis()
@@ -255,7 +254,7 @@ class FakeAspect:
 
 def test_weights_are_arguments_not_constants(tiny):
   made, _, decoding = programs.parameters_of(tiny, None)
-  cache = made.resize(made.empty(tiny.decoder, True), rows=1, places=128)
+  cache = made.resize(made.empty(), rows=1, places=128)
   draws = programs.Draws.of([(Sampling(), 0, 0)])
   args = decoding, np.zeros((1, 2), np.int32), draws, np.zeros(1, np.int32), cache
   text = made.decode.lower(*args, candidates=0).as_text()
