@@ -39,7 +39,9 @@ class Stacked:
 def decoding_of(model: Mllm, mesh: Mesh | None) -> Stacked | OneCpu:
   """The faster way for where the model lies."""
   config, dtype = model.config.decoder, str(model.decoder.dtype)
-  devices = model.decoder.norm.scale[...].devices()
-  if mesh is None and len(devices) == 1 and next(iter(devices)).platform == "cpu":
-    return OneCpu(config, model.config.lora, dtype)
-  return Stacked(nnx.graphdef(model.decoder), config, dtype)
+  graphdef, flat = parameters.flatten(model.decoder)
+  devices = flat["norm/scale"].devices()
+  one_cpu = mesh is None and len(devices) == 1 and next(iter(devices)).platform == "cpu"
+  if one_cpu and not any("/lora/" in path for path in flat):
+    return OneCpu(config, dtype)
+  return Stacked(graphdef, config, dtype)

@@ -24,9 +24,9 @@ from mllm_jax.models.mllm import Mllm
 NOT_YET = -1  # in place of a token that the host has not seen
 GROUPS = (1, 4, 16)  # how many prompts are read, or crops looked at, together
 # Places that a prompt is read in, of which few of a long one may be padding, and places of the cache.
-PROMPT_PLACES = (64, 128, 256, 384, *(2**i * half // 2 for i in range(9, 30) for half in (2, 3)))
+PROMPT_PLACES = (16, 32, 64, 128, 256, 384, *(2**i * half // 2 for i in range(9, 30) for half in (2, 3)))
 FEW_PROMPT_PLACES = tuple(2**i * half // 2 for i in range(7, 30) for half in ((2, 3) if i > 8 else (2,)))
-CACHE_PLACES = tuple(2**i for i in range(7, 31))
+CACHE_PLACES = tuple(2**i for i in range(5, 31))
 
 
 class _Step(NamedTuple):
@@ -291,7 +291,7 @@ class Engine:
     if not running:
       return None
     inputs = self._programs.on_devices((last, Draws.of(settings)))
-    known = self._programs.on_devices(np.zeros(rows, np.int32)) if before is None else before.tokens
+    known = self._programs.unknown(rows) if before is None else before.tokens
     tokens, candidates, self._cache = self._programs.decode(
       self._decoding, *inputs, known, self._cache, candidates=self._candidates(running)
     )
@@ -356,7 +356,7 @@ class Engine:
             programs.write(programs.resize(self._empty, *size), read, put(np.full(count, self.rows, np.int32)))
       for rows, places in itertools.product(self._row_sizes, self._cache_sizes):
         cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
-        programs.decode(self._decoding, last, draws(rows), put(np.zeros(rows, np.int32)), cache, candidates=0)
+        programs.decode(self._decoding, last, draws(rows), programs.unknown(rows), cache, candidates=0)
 
   def _on_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -1,33 +1,31 @@
 """One more token of each row on one CPU: what `Decoder.extend` computes, arranged as XLA's CPU code is fastest with.
 
 The layers are taken apart, since it would copy each out of the stack for every token. Kernels are [out, in] and hidden
-states [D, B], each product kernel times states: twice as fast for 16 rows as the other way round. It is a second copy
-of the decoder, in the host's memory.
+states [D, B], each product kernel times states: twice as fast for 16 rows as the other way round. Kernels that meet the
+same states are joined. It is a second copy of the decoder, in the host's memory.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mllm_jax import parameters
-from mllm_jax.config import DecoderConfig, LoraConfig
+from mllm_jax.config import DecoderConfig
 from mllm_jax.models import attention
 from mllm_jax.models.decoder import KVCache, rotary_angles, rotate
 from mllm_jax.models.mllm import Mllm
 
-TURNED = ("kernel", "head", "a", "b")  # the last two are an adapter's
+JOINED = {"queries_keys_values": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 Weights = tuple[parameters.Flat, list[parameters.Flat]]  # the decoder's without its layers, and each layer's
 
 
 @dataclasses.dataclass(frozen=True)
 class OneCpu:
-  """How a decoder of this configuration decodes on one CPU; hidden states are of type `dtype`."""
+  """How a decoder of this configuration, without adapters, decodes on one CPU; hidden states are of type `dtype`."""
 
   config: DecoderConfig
-  lora: LoraConfig
   dtype: str
 
   def weights(self, model: Mllm) -> Weights:
@@ -53,21 +51,18 @@ class OneCpu:
 
   def _layer(self, weights, x, positions, cache):
     """`DecoderLayer` on x [D, B]."""
-    linear = lambda name, h: self._linear(
-      {path.removeprefix(f"{name}/"): w for path, w in weights.items() if path.startswith(f"{name}/")}, h
-    )
-    split = lambda y: _by_row(y).reshape(len(positions), 1, -1, self.config.head_width)
-    turn = functools.partial(rotate, rotary=rotary_angles(positions[:, None], self.config))
+    count, config = len(positions), self.config
+    turn = functools.partial(rotate, rotary=rotary_angles(positions[:, None], config))
     h = self._norm(weights["input_norm/scale"], x)
-    q, k, v = turn(split(linear("q_proj", h))), turn(split(linear("k_proj", h))), split(linear("v_proj", h))
-    rows = jnp.arange(len(positions))
-    keys = cache.keys.at[0, rows, :, positions].set(k[:, 0])
+    joined = _by_row(_linear(weights, "queries_keys_values", h)).reshape(count, 1, -1, config.head_width)
+    q, k, v = jnp.split(joined, (config.heads, config.heads + config.kv_heads), axis=2)
+    rows = jnp.arange(count)
+    keys = cache.keys.at[0, rows, :, positions].set(turn(k)[:, 0])
     values = cache.values.at[0, rows, :, positions].set(v[:, 0])
-    attended = self._attend(q[:, 0], keys[0], values[0], positions)
-    x = x + linear("o_proj", attended.reshape(len(positions), -1).T)
-    h = self._norm(weights["post_attention_norm/scale"], x)
-    x = x + linear("down_proj", jax.nn.silu(linear("gate_proj", h)) * linear("up_proj", h))
-    return x, KVCache(keys, values)
+    attended = self._attend(turn(q)[:, 0], keys[0], values[0], positions)
+    x = x + _linear(weights, "o_proj", attended.reshape(count, -1).T)
+    gate, up = jnp.split(_linear(weights, "gate_up", self._norm(weights["post_attention_norm/scale"], x)), 2)
+    return x + _linear(weights, "down_proj", jax.nn.silu(gate) * up), KVCache(keys, values)
 
   def _attend(self, queries, keys, values, positions):
     """`attend_cached` of queries [B, H, N], the weights' sums divided by at the end: N numbers for each and not T."""
@@ -85,17 +80,15 @@ class OneCpu:
     h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=0) + self.config.norm_eps)
     return (h * scale[:, None].astype(jnp.float32)).astype(x.dtype)
 
-  def _linear(self, weights, x):
-    """`Linear`."""
-    y = weights["kernel"].astype(x.dtype) @ x
-    if "scale" in weights:
-      y = (y * weights["scale"][:, None]).astype(x.dtype)
-    if "bias" in weights:
-      y = y + weights["bias"][:, None].astype(x.dtype)
-    if "lora/a" in weights:
-      a, b = (weights[f"lora/{name}"].astype(x.dtype) for name in "ab")
-      y = y + b @ (a @ x) * (self.lora.alpha / self.lora.rank)
-    return y
+
+def _linear(weights: parameters.Flat, name: str, x: jax.Array) -> jax.Array:
+  """`Linear` on x [in, B]."""
+  y = weights[f"{name}/kernel"].astype(x.dtype) @ x
+  if f"{name}/scale" in weights:
+    y = (y * weights[f"{name}/scale"][:, None]).astype(x.dtype)
+  if f"{name}/bias" in weights:
+    y = y + weights[f"{name}/bias"][:, None].astype(x.dtype)
+  return y
 
 
 def _by_row(y: jax.Array) -> jax.Array:
@@ -103,10 +96,18 @@ def _by_row(y: jax.Array) -> jax.Array:
   return jax.lax.optimization_barrier(y).T
 
 
-def _take_apart(rest: parameters.Flat, stacked: parameters.Flat) -> Any:
+def _take_apart(rest: parameters.Flat, stacked: parameters.Flat) -> Weights:
+  turned = lambda flat: {path: x.T if path.endswith(("kernel", "head")) else x for path, x in flat.items()}
   count = len(next(iter(stacked.values())))
-  return _turned(rest), [_turned({path: x[l] for path, x in stacked.items()}) for l in range(count)]
+  return turned(rest), [_joined(turned({path: x[l] for path, x in stacked.items()})) for l in range(count)]
 
 
-def _turned(flat: parameters.Flat) -> parameters.Flat:
-  return {path: x.T if path.rpartition("/")[2] in TURNED else x for path, x in flat.items()}
+def _joined(layer: parameters.Flat) -> parameters.Flat:
+  """A layer with the kernels [out, in] of JOINED one upon the other, and likewise what belongs to them."""
+  parts = {name for names in JOINED.values() for name in names}
+  joined = {path: x for path, x in layer.items() if path.partition("/")[0] not in parts}
+  for title, names in JOINED.items():
+    for kind in ("kernel", "scale", "bias"):
+      if f"{names[0]}/{kind}" in layer:
+        joined[f"{title}/{kind}"] = jnp.concatenate([layer[f"{name}/{kind}"] for name in names])
+  return joined

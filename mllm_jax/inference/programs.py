@@ -118,6 +118,10 @@ class Programs:
     whole = sharding.replicated(self.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree)
 
+  def unknown(self, rows: int) -> jax.Array:
+    """`decode`'s `known` where all tokens are given."""
+    return jnp.asarray(self.on_devices(np.zeros(rows, np.int32)))
+
   def empty(self) -> Any:
     """A cache of no places, for `resize`."""
     shards = 1 if self.mesh is None else sharding.batch_shards(self.mesh)
