@@ -127,12 +127,10 @@ class Engine:
       self._cache, self._size = self._empty, (self._shards, 0)
 
   def step(self) -> list[Event]:
-    """Reads in waiting requests as far as rows are free, then gives all running ones a token. What became of each."""
+    """Reads in waiting requests as far as rows are free, which gives them their first token; where none could be, gives
+    all running ones a token. What became of each."""
     with self._on_mesh():
-      events = self._admit()
-      if self._running:
-        events += self._decode()
-    return events
+      return self._admit() or self._decode()
 
   def answer(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Answer]:
     """Answers all requests, in their order; `progress` is told (answered, all) whenever some have been.
@@ -256,12 +254,14 @@ class Engine:
     return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(group)))))
 
   def _decode(self) -> list[Event]:
-    """One more token of every running request, but of those admitted since the step under way was begun.
+    """One more token of every running request but those admitted since the step under way was begun.
 
     The next step is begun before this one's tokens are looked at: it takes them where they were computed, so that no
     device waits for the host. What it computes for a request that they end is not used. A beam search chooses between
     the steps, so beside one no step is begun early.
     """
+    if not self._running:
+      return []
     step = self._begun or self._begin(None)
     beginning = all(each.search is None for each in self._running.values()) and step.rows == self._size[0]
     self._begun = self._begin(step) if beginning else None
