@@ -2,12 +2,15 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax import parameters
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat, layout
 from mllm_jax.data.patches import patchify
 from mllm_jax.data.processor import Row
+from mllm_jax.models.mllm import Mllm, abstract
 from mllm_jax.models.projectors import tokens_per_crop
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "sp"
@@ -27,6 +30,22 @@ TINY = ModelConfig(
   dtype="float32",
   remat="none",
 )
+
+
+def random_model(config: ModelConfig) -> Mllm:
+  """Filled by NumPy: compiling the initialisers would take longest of all."""
+  rng = np.random.default_rng(3)
+  graphdef, shapes = parameters.flatten(abstract(config))
+
+  def fill(path, leaf):
+    if leaf.dtype == np.int8:
+      return rng.integers(-127, 128, leaf.shape)
+    if path.endswith("scale"):  # of a kernel in whole numbers, or a norm's
+      return np.full(leaf.shape, 1 / 300 if "_proj/" in path else 1)
+    return rng.normal(0, 0.3, leaf.shape)
+
+  flat = {path: jnp.asarray(fill(path, leaf), leaf.dtype) for path, leaf in shapes.items()}
+  return parameters.unflatten(graphdef, flat)
 
 
 def prompt(ids, pixels=None, config=TINY) -> Row:
