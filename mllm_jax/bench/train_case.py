@@ -125,6 +125,7 @@ class Ours:
     rates = {path: case.rates[path] for path in trainable}
     graphdef = parameters.flatten(abstract(case.model))[0]
     step = step_lib.make_step(graphdef, case.stage, rates, SCHEDULE_STEPS, 0, self.mesh, optimizer, shardings)
+    del flat, trainable  # the state has its own
     self.batch = sharding.to_device(batch, self.mesh, leading=1)
     with jax.set_mesh(self.mesh):
       self.compiled = step.lower(self.state, self.frozen, self.batch).compile()
