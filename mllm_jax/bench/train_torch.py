@@ -70,6 +70,27 @@ def convolved(patch_map: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
   return F.linear(windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), layer.weight.flatten(1))
 
 
+def modules(model: ModelConfig, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
+  """Tower, decoder with adapters, and projector, with random weights that are made on the device."""
+  with device:
+    of = dict(dtype=getattr(torch, model.dtype), attn_implementation="sdpa")
+    tower = AutoModel.from_config(CLIPVisionConfig(**vision_config(model.vision)), **of).eval()
+    decoder = LlamaConfig(vocab_size=model.decoder.vocab_size, **text_config(model.decoder))
+    decoder, projector = AutoModelForCausalLM.from_config(decoder, **of), Projector(model)
+    lora = model.lora
+    adapters = LoraConfig(
+      r=lora.rank,
+      lora_alpha=lora.alpha,
+      lora_dropout=lora.dropout,
+      target_modules=list(lora.targets),
+      task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(decoder, adapters).train()
+  if model.remat != "none":
+    decoder.gradient_checkpointing_enable({"use_reentrant": False})
+  return tower, adapted, projector
+
+
 class Torch:
   """The same step. Raises SystemExit where PyTorch has no such device."""
 
@@ -84,23 +105,7 @@ class Torch:
     self.before = resident("VmRSS")
     model, stage = case.model, case.stage
     self.mixed = model.dtype == "bfloat16"
-    with self.device:
-      of = dict(dtype=getattr(torch, model.dtype), attn_implementation="sdpa")
-      self.tower = AutoModel.from_config(CLIPVisionConfig(**vision_config(model.vision)), **of).eval()
-      decoder = LlamaConfig(vocab_size=model.decoder.vocab_size, **text_config(model.decoder))
-      decoder = AutoModelForCausalLM.from_config(decoder, **of)
-      self.projector = Projector(model)
-    lora = model.lora
-    adapters = LoraConfig(
-      r=lora.rank,
-      lora_alpha=lora.alpha,
-      lora_dropout=lora.dropout,
-      target_modules=list(lora.targets),
-      task_type="CAUSAL_LM",
-    )
-    self.decoder = get_peft_model(decoder, adapters).train()
-    if model.remat != "none":
-      decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    self.tower, self.decoder, self.projector = modules(model, self.device)
     # The adapters' inputs stay in 16 bits, as autocast would have them anyway.
     self.uncast = contextlib.ExitStack()
     self.uncast.enter_context(disable_input_dtype_casting(self.decoder, self.mixed))

@@ -219,6 +219,11 @@ def test_a_side_answers_what_it_is_asked(monkeypatch):
   assert answer is None and any(text in problem.lower() for text in train.FULL)
 
 
+def test_a_side_is_a_process_of_its_own():
+  with pytest.raises(SystemExit, match="ours: --length=10: a prompt, a picture and an answer take 105 at least"):
+    train.Side("ours", ("demo", 2, 10, ""), "", True)
+
+
 # ---- against PyTorch -------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +296,7 @@ def test_pytorch_takes_the_same_steps():
   scale = max(np.abs(x).max() for x in moments.values())
   for (name, path), expected in moments.items():
     # Sums in float32 in another order. Keys' biases have no gradient at all but rounding's.
-    allowed = 1e-4 * np.abs(expected).max() + 1e-8 * scale
+    allowed = 5e-5 * np.abs(expected).max() + 1e-8 * scale
     np.testing.assert_allclose(gradients[name][path], expected, rtol=0, atol=allowed, err_msg=path)
   found = [ours.facts["loss"]] + [ours.step() for _ in range(3)]
   np.testing.assert_allclose(found, losses, rtol=1e-5)
@@ -300,7 +305,7 @@ def test_pytorch_takes_the_same_steps():
     parameter = dict(parts(theirs)[name].named_parameters())[path].detach().numpy()
     # Adam's steps are as large as the rate wherever there is a gradient, be it rounding's; four of at most 1.5e-4.
     different = np.abs(updated[name][path] - parameter) > 1e-5
-    assert different.mean() < 0.01 or "key_projector" in path, path
+    assert different.mean() < 1e-3 or "key_projector" in path, path
 
 
 @pytest.mark.torch
@@ -328,3 +333,22 @@ def test_pytorch_in_16_bits_and_with_layers_computed_again(remat, accelerator):
   np.testing.assert_allclose(loss, expected, rtol=0.05 * tolerance)
   norm = lambda tensors: np.sqrt(sum(float(t.square().sum()) for t in tensors))
   assert norm([a - b for a, b in zip(gradients, others, strict=True)]) < tolerance * norm(gradients)
+
+
+@pytest.mark.torch
+def test_pytorch_has_the_7b_models_parameters():
+  import torch
+
+  from mllm_jax.bench.train_torch import modules
+
+  case = make_case("7b", 2, 0, "", True)
+  tower, decoder, projector = modules(case.model, torch.device("meta"))
+  ours = Counter()
+  for path, x in case.shapes.items():
+    ours["lora" if "/lora/" in path else path.partition("/")[0]] += int(np.prod(x.shape))
+  count = lambda module, trained=True: sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
+  post_layernorm = 2 * case.model.vision.width
+  assert (count(tower) - post_layernorm, count(projector)) == (ours["vision"], ours["projector"])
+  assert (count(decoder, False), count(decoder)) == (ours["decoder"], ours["lora"]) == (6_738_415_616, 319_815_680)
+  types = {(p.dtype, p.requires_grad) for p in decoder.parameters()} | {(p.dtype, True) for p in projector.parameters()}
+  assert types == {(torch.bfloat16, False), (torch.float32, True)}
