@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm_jax import sharding
+from mllm_jax import parameters, sharding
 from mllm_jax.data.processor import Processor, Row, pad_row
+from mllm_jax.inference import likelihood
 from mllm_jax.inference.features import FeatureCache, digests
 from mllm_jax.inference.programs import parameters_of
 from mllm_jax.inference.requests import Answer, Event, Request
@@ -59,6 +60,7 @@ class Engine:
     if model.config.lora.rank and not model.config.int8_decoder:
       model = lora.merge(model)
     self._programs, self._flat, self._decoding = parameters_of(model, self.mesh)
+    self._likelihoods = likelihood.program_for(parameters.flatten(model)[0], self.mesh)
     self._empty = self._programs.empty(model.decoder, self._decoding[1] is not None)
     self._cache, self._size = self._empty, (self._shards, 0)
     # Rows that lie on several devices stay there.
@@ -150,6 +152,27 @@ class Engine:
     self._idle()
     return self._stream(self.submit(request))
 
+  def likelihoods(self, rows: Sequence[Row]) -> list[likelihood.Likelihood]:
+    """How likely the model finds the answers in rows that `likelihood.answer_row` made, in their order.
+
+    Raises ValueError where one takes more than max_length places.
+    """
+    longest = max((len(row.tokens) for row in rows), default=0)
+    if self.max_length is not None and longest > self.max_length:
+      raise ValueError(f"question and answer take {longest} places; there are {self.max_length}")
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))  # of like length, side by side
+    found: dict[int, likelihood.Likelihood] = {}
+    for start in range(0, len(order), self.rows):
+      for part, count in self._grouped(order[start : start + self.rows]):
+        group = [rows[i] for i in part]
+        with self._on_mesh():
+          made = likelihood.arrays(group, count, _bucket(len(group[0].tokens), self._prompt_sizes))
+          results = self._likelihoods(self._flat, *self._programs.on_devices(made), self._look(group, count))
+        tokens = [int((row.loss_weights > 0).sum()) for row in group]
+        sums, greedy = (x.tolist() for x in jax.device_get(results))
+        found |= {i: likelihood.Likelihood(*fields) for i, *fields in zip(part, sums, tokens, greedy)}
+    return [found[i] for i in range(len(rows))]
+
   def _stream(self, ticket: int) -> Iterator[Event]:
     try:
       while self._waiting or self._running:
@@ -210,7 +233,7 @@ class Engine:
     slots[: len(group)] = [running.slots[0] for running in group]
     settings = [(running.request.sampling, running.request.seed, 0) for running in group]
     draws = Draws.of(settings + [(GREEDY, 0, 0)] * (count - len(group)))
-    put, features = self._programs.on_devices, self._look(group, count)
+    put, features = self._programs.on_devices, self._look([running.request.row for running in group], count)
     tokens, candidates, read = self._programs.prefill(
       self._flat, put(prompts), features, put(draws), candidates=self._candidates(group)
     )
@@ -218,15 +241,15 @@ class Engine:
     places = [[i] * len(running.slots) for i, running in enumerate(group)]  # all beams begin as the one row
     return self._take(group, places, tokens, candidates)
 
-  def _look(self, group: Sequence[Running], count: int) -> tuple[jax.Array, ...]:
-    """The visual tokens of the group's crops, as many for every row; those seen before are not looked at again."""
-    known, crops = {}, [digests(running.request.row) for running in group]
+  def _look(self, rows: Sequence[Row], count: int) -> tuple[jax.Array, ...]:
+    """The visual tokens of the rows' crops, as many for every row; those seen before are not looked at again."""
+    known, crops = {}, [digests(row) for row in rows]
     new = {}
-    for running, of_row in zip(group, crops):
+    for row, of_row in zip(rows, crops):
       for k, digest in enumerate(of_row):
         known[digest] = self._features.get(digest)
         if known[digest] is None:
-          new[digest] = running.request.row.patches[k], running.request.row.grids[k]
+          new[digest] = row.patches[k], row.grids[k]
     for part, size in self._grouped(list(new.items())):
       filled = part + part[-1:] * (size - len(part))
       arrays = self._programs.on_devices(tuple(np.stack(x) for x in zip(*(crop for _, crop in filled))))
@@ -239,7 +262,7 @@ class Engine:
     most = 1 << (most - 1).bit_length()
     any_tokens = next(iter(known.values()))  # stand where a row has no crop, and nothing refers to them
     padded = [[known[digest] for digest in of_row] + [any_tokens] * (most - len(of_row)) for of_row in crops]
-    return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(group)))))
+    return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(rows)))))
 
   def _decode(self) -> list[Event]:
     """One more token of every running request."""
