@@ -38,7 +38,7 @@ class Engine:
 
   Args:
     model: its arrays may be spread over devices.
-    processor: decodes, and knows which tokens end an answer: the template's and the tokenizer's own.
+    processor: decodes, and knows which tokens end an answer: the template's and the language model's own.
     rows: requests answered at once; a request with beams takes a row for each.
     max_length: places of a row, for prompt and answer together, which a server knows: prompts and cache then come in
       few sizes, so that `warm_up` has little to compile. None: no limit, and more sizes, which waste less.
@@ -56,7 +56,7 @@ class Engine:
     self.rows = -(-rows // self._shards) * self._shards
     self.max_length = max_length
     self.processor = processor
-    self.end_ids = frozenset((processor.end_id, processor.tokenizer.eos_id))
+    self.end_ids = frozenset((processor.end_id, *processor.tokenizer.end_ids))
     if model.config.lora.rank and not model.config.int8_decoder:
       model = lora.merge(model)
     self._programs, self._flat, self._decoding = parameters_of(model, self.mesh)

@@ -157,7 +157,7 @@ def test_answers_end_before_the_end_token_each_for_itself(tiny, requests, alone)
     assert answer.ids == (free.ids[: free.ids.index(end)] if ended else free.ids)
     assert answer.finish_reason == ("stop" if ended else "length")
   both = Plain(10_000)
-  both.eos_id = end  # the tokenizer's own end counts beside the template's
+  both.end_ids = (20_000, end)  # the language model's own ends count beside the template's
   assert Engine(tiny, both, rows=8).answer(requests[:1])[0].ids == alone[0].ids[:3]
 
 

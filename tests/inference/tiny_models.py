@@ -47,7 +47,7 @@ class Plain:
 
   def __init__(self, end_id=10_000):
     self.end_id, self.tokenizer = end_id, self
-    self.eos_id = end_id
+    self.end_ids = ()
 
   def decode(self, ids):
     return "".join(f"[{number}]" for number in ids)

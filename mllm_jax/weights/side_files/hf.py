@@ -66,9 +66,11 @@ def write_hf(
   folder.mkdir(parents=True, exist_ok=True)
 
   ids = {"bos_token_id": theirs.bos_token_id, "eos_token_id": ours.eos_id, "pad_token_id": vocabulary.pad_token_id}
+  ends = sorted({*ours.end_ids, chat.end_id(template, ours)})
   tokenizer_files.write(folder, source, theirs, content)
   write_json(folder / "config.json", config(model, tower, vocabulary, ids, dtype))
-  write_json(folder / "generation_config.json", ids | {"transformers_version": TRANSFORMERS_VERSION})
+  ending = {"eos_token_id": ends if len(ends) > 1 else ends[0], "transformers_version": TRANSFORMERS_VERSION}
+  write_json(folder / "generation_config.json", ids | ending)
   write_json(folder / "preprocessor_config.json", preprocessor_config(model.vision))
   write_json(
     folder / "processor_config.json",
