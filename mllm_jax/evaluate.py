@@ -32,6 +32,8 @@ from mllm_jax.data.records import DataError
 # jax is imported where it is used, so that a mistyped argument is answered at once.
 
 SERVER_SCORES = "server_scores.json"
+LONGEST_SIDE = "longest_side"
+SETTINGS = ("beams", "max_slices", LONGEST_SIDE)
 ALONE = "an evaluation is one process, which uses all of its machine's devices; start it once, on one host"
 EXAMPLES = f"""examples:
   python -m mllm_jax.evaluate --list
@@ -39,6 +41,13 @@ EXAMPLES = f"""examples:
   python -m mllm_jax.evaluate --benchmark=pope,mme --data=playground/data/eval --out=scores/sp --score_only
   python -m mllm_jax.evaluate --model=runs/sp --benchmark=mm_vet --data=playground/data/eval --out=scores/sp \\
     --judge_url=https://api.openai.com/v1 --judge_model=gpt-4o
+
+LLaVA-UHD v2's released code asks with --max_slices=9 and, each in a call of its own,
+  mme                                                            --num_beams=5
+  ai2d                                                           no more than that
+  docvqa, chartqa, gqa, scienceqa                                --longest_side=1024
+  textvqa                                                        --longest_side=1536
+  ocrbench, mmmu, seed, mmbench_en_test, realworldqa, hrbench4k  --longest_side=1024 --num_beams=3
 
 The judge's key is taken from the environment's {KEY}. Scores that servers gave, {{"vqav2": 79.1}} in
 OUT/{SERVER_SCORES}, count in the averages.
@@ -62,6 +71,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--out", metavar="DIR", help="where answers and reports go")
   add("--num_beams", type=int, default=1, metavar="N", help="of beam search (default: 1, greedy)")
   add("--max_slices", type=int, default=0, metavar="N", help="of a picture (default: as trained; UHD v2's paper: 9)")
+  add(
+    "--longest_side", type=int, default=0, metavar="N", help="pixels that pictures are first resized to (default: no)"
+  )
   add("--limit", type=int, metavar="N", help="only the first N questions of each benchmark")
   add("--batch_size", type=int, default=16, metavar="N", help="rows answered at once, on all devices (default: 16)")
   add("--tensor", type=int, default=1, metavar="N", help="devices that hold one copy of the model (default: 1)")
@@ -78,7 +90,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   unknown = [name for name in names if name not in BENCHMARKS]
   if unknown:
     parser.error(f"--benchmark {unknown[0]}: unknown; known: {', '.join(BENCHMARKS)}")
-  for name in ("num_beams", "batch_size", "limit", "max_slices", "tensor"):
+  for name in ("num_beams", "batch_size", "limit", "max_slices", "longest_side", "tensor"):
     if getattr(args, name) not in (None, parser.get_default(name)) and getattr(args, name) < 1:
       parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
   if args.num_beams > args.batch_size:
@@ -114,10 +126,16 @@ def predictions(args: argparse.Namespace, benchmark: Benchmark) -> Path:
   return Path(args.out) / "predictions" / f"{benchmark.name}.jsonl"
 
 
-def head(benchmark: Benchmark, questions: Sequence[Question], model: dict, beams: int, max_slices: int) -> dict:
+def settings_of(args: argparse.Namespace) -> dict[str, int]:
+  """How benchmarks are asked."""
+  settings = {"beams": args.num_beams, "max_slices": args.max_slices}
+  return settings | ({LONGEST_SIDE: args.longest_side} if args.longest_side else {})  # answers without it are older
+
+
+def head(benchmark: Benchmark, questions: Sequence[Question], model: dict, settings: dict[str, int]) -> dict:
   """What answers depend on."""
-  settings = {"beams": beams, "max_slices": max_slices, "max_new_tokens": benchmark.max_new_tokens}
-  return {"benchmark": benchmark.name, "questions": digest(questions), **settings, **model}
+  asked = settings | {"max_new_tokens": benchmark.max_new_tokens}
+  return {"benchmark": benchmark.name, "questions": digest(questions), **asked, **model}
 
 
 def stored_head(path: Path) -> dict:
@@ -179,8 +197,8 @@ def collect(args: argparse.Namespace) -> dict[str, tuple[dict, list[Question], S
     old = stored_head(predictions(args, benchmark)) if args.score_only else None
     whose = model or {key: old.get(key) for key in ("model", "fingerprint", "padded")}
     questions = read_questions(benchmark, Source(Path(args.data), whose["padded"]))
-    beams, slices = (args.num_beams, args.max_slices) if old is None else (old.get("beams"), old.get("max_slices"))
-    store = Store(predictions(args, benchmark), head(benchmark, questions, whose, beams, slices))
+    settings = settings_of(args) if old is None else {key: old[key] for key in SETTINGS if key in old}
+    store = Store(predictions(args, benchmark), head(benchmark, questions, whose, settings))
     found[benchmark.name] = (whose, questions, store)
   models = sorted({whose["fingerprint"] for whose, _, _ in found.values()})
   if len(models) > 1:
@@ -206,7 +224,8 @@ def score(
     folder.mkdir(parents=True, exist_ok=True)
     submission = str(benchmark.submission(results, source, folder).relative_to(args.out))
   summary = benchmark.summarise(results) if benchmark.scored else None
-  return scoring.Scored(benchmark, results, len(questions), summary, submission)
+  settings = {name: store.head.get(name, 0) for name in SETTINGS}
+  return scoring.Scored(benchmark, results, len(questions), summary, settings, submission)
 
 
 def judged(args: argparse.Namespace, benchmark: Benchmark, questions: Sequence[Question], results: Sequence[Result]):
@@ -224,8 +243,8 @@ def judged(args: argparse.Namespace, benchmark: Benchmark, questions: Sequence[Q
     return scoring.judged(benchmark, results, Endpoint(args.judge_url, judge), verdicts, shown.update)
 
 
-def earlier(args: argparse.Namespace, wanted: dict) -> list[scoring.Scored]:
-  """What else OUT holds answers to, by the model and the settings of `wanted`. What is left out is said."""
+def earlier(args: argparse.Namespace, fingerprint: str) -> list[scoring.Scored]:
+  """What else OUT holds answers to, by the model of that fingerprint. What is left out is said."""
   scored = []
   for benchmark in BENCHMARKS.values():
     path = predictions(args, benchmark)
@@ -233,9 +252,8 @@ def earlier(args: argparse.Namespace, wanted: dict) -> list[scoring.Scored]:
       continue
     try:
       old = stored_head(path)
-      differ = [key for key in ("fingerprint", "beams", "max_slices") if old.get(key) != wanted[key]]
-      if differ:
-        raise ConfigError(f"{path} was made otherwise ({', '.join(differ)})")
+      if old.get("fingerprint") != fingerprint:
+        raise ConfigError(f"{path} is of another model ({old.get('model')})")
       source = Source(Path(args.data), old.get("padded"))
       questions = read_questions(benchmark, source)
       store = Store(path, old | {"questions": digest(questions)})
@@ -275,8 +293,8 @@ def evaluate(args: argparse.Namespace) -> None:
       _, questions, store = found[benchmark.name]
       asked = questions[: args.limit]
       with bar(benchmark, len(asked), len(asked) - missing[benchmark.name]) as shown:
-        sizes = {"beams": args.num_beams, "batch_size": args.batch_size}
-        ask(engine, processor, benchmark, asked, store, **sizes, progress=shown.update)
+        how = {"beams": args.num_beams, "longest_side": args.longest_side, "batch_size": args.batch_size}
+        ask(engine, processor, benchmark, asked, store, **how, progress=shown.update)
   scored = []
   for benchmark in args.benchmarks:
     model, questions, store = found[benchmark.name]
@@ -285,10 +303,9 @@ def evaluate(args: argparse.Namespace) -> None:
   for entry in scored:
     told = "" if entry.summary is None else f"{entry.summary.score:.2f}"
     print("\t".join(filter(None, [entry.benchmark.name, told, entry.submission])))
-  settings = {name: store.head[name] for name in ("fingerprint", "beams", "max_slices")}
   order = list(BENCHMARKS.values())
-  scored = sorted([*scored, *earlier(args, settings)], key=lambda entry: order.index(entry.benchmark))
-  report.write(Path(args.out), model["model"], settings, scored, given)
+  scored = sorted([*scored, *earlier(args, model["fingerprint"])], key=lambda entry: order.index(entry.benchmark))
+  report.write(Path(args.out), model["model"], model["fingerprint"], scored, given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -103,6 +103,7 @@ def test_asks_scores_and_reports(run, engine, tmp_path):
     "details": {"perception": 50, "cognition": 50}
     | {f"{name} {kind}": value for name in found for kind, value in (("acc", 50), ("acc+", 0))},
     "categories": found,
+    "settings": {"beams": 1, "max_slices": 0, "longest_side": 0},
   }
   page = (tmp_path / "out/report.html").read_text()
   assert "POPE" in page and "6 of 6 wrong answers" in page and page.count("data:image/jpeg;base64,") == 6 + 4
@@ -179,8 +180,25 @@ def test_the_report_holds_what_earlier_calls_asked(run, engine, tmp_path, monkey
   monkeypatch.setattr(evaluate, "describe", lambda path: MODEL | {"fingerprint": "4567"})
   (tmp_path / "out/predictions/pope.jsonl").unlink()
   status, _, err = run()
-  assert status == 0 and "left out of the report: " in err and "mme.jsonl was made otherwise (fingerprint)" in err
+  assert status == 0 and "left out of the report: " in err and "mme.jsonl is of another model (sp)" in err
   assert list(report()["benchmarks"]) == ["pope"]
+
+
+def test_settings_differ_by_benchmark_in_one_report(run, engine, tmp_path):
+  """As LLaVA-UHD v2's protocol has it."""
+  assert run("--max_slices=9", "--num_beams=5", benchmark="mme")[0] == 0
+  assert run("--max_slices=9", "--longest_side=1024")[0] == 0
+  report = json.loads((tmp_path / "out/report.json").read_text())
+  settings = {name: entry["settings"] for name, entry in report["benchmarks"].items()}
+  asked = {"beams": 1, "max_slices": 9, "longest_side": 1024}
+  assert settings == {"pope": asked, "mme": {"beams": 5, "max_slices": 9, "longest_side": 0}}
+  facts = "beams 1 (pope); 5 (mme), max_slices 9, longest_side 1024 (pope); 0 (mme)"
+  assert f"fingerprint 0123, {facts}<" in (tmp_path / "out/report.html").read_text()
+  assert [request.row[1] for request in engine.asked[-12:]] == [[(1024, 768)]] * 12
+  assert [request.row[1] for request in engine.asked[:8]] == [[(8, 6)]] * 8
+  assert lines(tmp_path / "out/predictions/mme.jsonl")[0].keys().isdisjoint({"longest_side"})
+  status, _, err = run("--max_slices=9")
+  assert status == 2 and "longest_side was 1024 and is None" in err
 
 
 def test_what_cannot_be_scored_again_is_left_out_of_the_report(run, tmp_path):
@@ -260,6 +278,7 @@ def test_answers_cut_off_anywhere_are_a_beginning_that_goes_on(texts, cut, tmp_p
     (["--benchmark=pope", "--data=/no/such", "--out=x", "--model=."], "--data /no/such: no such folder"),
     (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--limit=0"], "--limit is 0"),
     (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--num_beams=20"], "--num_beams 20 takes as many rows"),
+    (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--longest_side=-1"], "--longest_side is -1"),
     (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--tensor=0"], "--tensor is 0"),
     (["--benchmark=mm_vet", "--data=.", "--out=x", "--model=."], "needs a judge; give --judge_url"),
   ],
