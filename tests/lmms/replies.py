@@ -1,5 +1,6 @@
 """In place of an engine: gives the replies it was told to, to whatever question holds their key."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -43,12 +44,14 @@ def processor(path: Path) -> Processor:
   return Processor(tokenizer, Square(MODEL.vision, tokens_per_crop(MODEL)), "vicuna_v1", 256, 1)
 
 
-def write_model(path: Path) -> str:
-  """A model's folder, with random values that make its greedy answers vary."""
+def write_model(path: Path, vocab_size: int = MODEL.decoder.vocab_size) -> str:
+  """A model's folder, with random values that make its greedy answers vary. Of the tokenizer's 512 tokens a smaller
+  vocabulary cannot have all."""
+  config = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab_size=vocab_size))
   draw = np.random.default_rng(3)
   fill = lambda name, shape: np.ones(shape) if name.endswith("scale") else draw.normal(0, 0.3, shape)
-  flat = {name: fill(name, x.shape).astype(np.float32) for name, x in parameters.flatten(abstract(MODEL))[1].items()}
-  parts = {"vision": MODEL.vision, "decoder": MODEL.decoder, "projector": MODEL.projector}
+  flat = {name: fill(name, x.shape).astype(np.float32) for name, x in parameters.flatten(abstract(config))[1].items()}
+  parts = {"vision": config.vision, "decoder": config.decoder, "projector": config.projector}
   tokenizer = write_tokenizer(path.with_name(path.name + "_tokenizer"))
   folder.write(path, folder.Manifest(parts, "vicuna_v1"), InMemory(flat), tokenizer)
   return str(path)
