@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -71,7 +72,9 @@ class Engine:
       longest = _bucket(max_length, CACHE_PLACES)
       self._cache_sizes = (longest // 2, longest)
       self._prompt_sizes = [size for size in FEW_PROMPT_PLACES if size < max_length] + [longest]
+    self._groups = GROUPS
     self._features = FeatureCache()
+    self._crops, self._blank = 0, None  # crops that every prompt has at least, and what stands for one that it has not
     self._tickets = itertools.count()
     self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
     self._running: dict[int, Running] = {}
@@ -218,7 +221,7 @@ class Engine:
   def _grouped(self, items: Sequence) -> Iterator[tuple[Sequence, int]]:
     """(some of the items, rows to work on them in): in few sizes, of which at most a quarter or `shards` is padding."""
     while items:
-      sizes = [size * self._shards for size in GROUPS]
+      sizes = [size * self._shards for size in self._groups]
       size = next((size for size in reversed(sizes) if 4 * len(items) >= 3 * size), sizes[0])
       yield items[:size], size
       items = items[size:]
@@ -257,10 +260,10 @@ class Engine:
         known[digest] = tokens
         self._features.put(digest, tokens)
     most = max(map(len, crops))
+    most = max(1 << (most - 1).bit_length() if most else 0, self._crops)
     if not most:
       return ()
-    most = 1 << (most - 1).bit_length()
-    any_tokens = next(iter(known.values()))  # stand where a row has no crop, and nothing refers to them
+    any_tokens = next(iter(known.values()), self._blank)  # stand where a row has no crop; nothing refers to them
     padded = [[known[digest] for digest in of_row] + [any_tokens] * (most - len(of_row)) for of_row in crops]
     return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(rows)))))
 
@@ -308,36 +311,46 @@ class Engine:
     beams = max((each.request.beams for each in running if each.search is not None), default=0)
     return beams * (1 + len(self.end_ids))
 
-  def warm_up(self) -> None:
+  def warm_up(self) -> list[Callable[[], None]]:
     """Compiles what requests of up to max_length places and one picture need, beams apart, so that none waits for it.
-    Only while nothing runs. Raises RuntimeError without a max_length."""
+    Only while nothing runs. Raises RuntimeError without a max_length.
+
+    Returns what compiles the rest, to be called whenever there is time: without it prompts that wait together are read
+    one by one.
+    """
     self._idle()
     if self.max_length is None:
       raise RuntimeError("an engine without max_length has no end of sizes to compile; give it one")
+    sizes = [size for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
+    # One number of crops for all prompts, so that there is one program and not one for each.
+    self._crops = 1 << (self.processor.aspect.most_crops - 1).bit_length()
+    for places in self._prompt_sizes:
+      self._warm_up_reading(sizes[:1], places)
     programs, put = self._programs, self._programs.on_devices
-    aspect = self.processor.aspect
-    crops = np.zeros((1, aspect.patches, aspect.vision.patch_values), np.uint8), np.ones((1, 2), np.int32)
-    draws = lambda count: put(Draws.of([(GREEDY, 0, 0)] * count))
-    sizes = [size * self._shards for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
-    pictures = [0, *(2**i for i in range((aspect.most_crops - 1).bit_length() + 1))]  # crops of a row
     with self._on_mesh():
-      tokens = {}
-      for count in sizes:
-        tokens[count] = programs.encode(self._flat, *put(tuple(np.repeat(x, count, axis=0) for x in crops)))[0]
-      for places in self._prompt_sizes:
-        for count in sizes:
-          prompts = np.stack(
-            [np.zeros((count, places), np.int32), np.full((count, places), -1), np.ones((count, places))]
-          )
-          prompts = put(prompts.astype(np.int32))
-          for most in pictures:
-            features = (tokens[count],) * (most * count)
-            _, _, read = programs.prefill(self._flat, prompts, features, draws(count), candidates=0)
-          for size in itertools.product(self._row_sizes, [size for size in self._cache_sizes if size >= places]):
-            programs.write(programs.resize(self._empty, *size), read, put(np.full(count, self.rows, np.int32)))
       for rows, places in itertools.product(self._row_sizes, self._cache_sizes):
         cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
-        programs.decode(self._decoding, last, draws(rows), cache, candidates=0)
+        programs.decode(self._decoding, last, put(Draws.of([(GREEDY, 0, 0)] * rows)), cache, candidates=0)
+    groups = [sizes[:count] for count in range(2, len(sizes) + 1)]
+    return [functools.partial(self._warm_up_reading, *each) for each in itertools.product(groups, self._prompt_sizes)]
+
+  def _warm_up_reading(self, groups: Sequence[int], places: int) -> None:
+    """Compiles what reads as many prompts as the last of `groups` says, of so many places. These become the sizes of
+    groups when it was done for all places."""
+    programs, put = self._programs, self._programs.on_devices
+    count, aspect = groups[-1] * self._shards, self.processor.aspect
+    crops = np.zeros((count, aspect.patches, aspect.vision.patch_values), np.uint8), np.ones((count, 2), np.int32)
+    prompts = np.stack([np.zeros((count, places)), np.full((count, places), -1), np.ones((count, places))])
+    draws, slots = Draws.of([(GREEDY, 0, 0)] * count), np.full(count, self.rows, np.int32)
+    with self._on_mesh():
+      self._blank = programs.encode(self._flat, *put(crops))[0]
+      features = (self._blank,) * (self._crops * count)
+      _, _, read = programs.prefill(self._flat, put(prompts.astype(np.int32)), features, put(draws), candidates=0)
+      for rows, size in itertools.product(self._row_sizes, self._cache_sizes):
+        if size >= places and 4 * rows >= 3 * count:
+          programs.write(programs.resize(self._empty, rows, size), read, put(slots))
+    if places == self._prompt_sizes[-1]:
+      self._groups = groups
 
   def _on_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -237,15 +237,21 @@ def test_a_token_copies_no_cache(tiny):
     assert memory.temp_size_in_bytes < whole(cache) * 0.6  # TINY has two layers; a copy of all would be 1
 
 
-def test_compiles_once_and_nothing_after_warm_up(tiny, requests):
-  engine = Engine(tiny, Plain(), rows=2, max_length=128)
+def test_compiles_once_and_nothing_after_warm_up(tiny, requests, alone):
+  engine = Engine(tiny, Plain(), rows=4, max_length=128)
   engine.processor.aspect = FakeAspect()
-  engine.warm_up()
+  later = engine.warm_up()
   compiled = engine._programs
   count = lambda: [getattr(compiled, name)._cache_size() for name in ("encode", "prefill", "write", "decode")]
   before = count()
-  engine.answer(requests)
-  engine.answer(requests[::-1])
+  assert engine.answer(requests) == alone
+  assert engine.answer(requests[::-1]) == alone[::-1]
+  assert count() == before
+  for each in later:
+    each()
+  assert [new - old for new, old in zip(count(), before)] == [1, 1, 1, 0]  # four prompts read at once
+  before = count()
+  assert engine.answer(requests) == alone
   assert count() == before
 
 
