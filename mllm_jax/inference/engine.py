@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,11 +23,22 @@ from mllm_jax.inference.settings import GREEDY
 from mllm_jax.models import lora
 from mllm_jax.models.mllm import Mllm
 
+NOT_YET = -1  # in place of a token that the host has not seen
 GROUPS = (1, 4, 16)  # how many prompts are read, or crops looked at, together
 # Places that a prompt is read in, of which few of a long one may be padding, and places of the cache.
-PROMPT_PLACES = (64, 128, 256, 384, *(2**i * half // 2 for i in range(9, 30) for half in (2, 3)))
+PROMPT_PLACES = (16, 32, 64, 128, 256, 384, *(2**i * half // 2 for i in range(9, 30) for half in (2, 3)))
 FEW_PROMPT_PLACES = tuple(2**i * half // 2 for i in range(7, 30) for half in ((2, 3) if i > 8 else (2,)))
-CACHE_PLACES = tuple(2**i for i in range(7, 31))
+CACHE_PLACES = tuple(2**i for i in range(5, 31))
+
+
+class _Step(NamedTuple):
+  """What was begun for running requests: `places` of each among the `rows` of tokens and candidates."""
+
+  running: Sequence[Running]
+  places: Sequence[Sequence[int]]
+  rows: int
+  tokens: jax.Array
+  candidates: tuple[jax.Array, jax.Array] | None
 
 
 class Engine:
@@ -62,7 +74,7 @@ class Engine:
       model = lora.merge(model)
     self._programs, self._flat, self._decoding = parameters_of(model, self.mesh)
     self._likelihoods = likelihood.program_for(parameters.flatten(model)[0], self.mesh)
-    self._empty = self._programs.empty(model.decoder, self._decoding[1] is not None)
+    self._empty = self._programs.empty()
     self._cache, self._size = self._empty, (self._shards, 0)
     # Rows that lie on several devices stay there.
     growing = [4**i for i in range(8 if max_length is None else 1) if 4**i < self.rows and self._shards == 1]
@@ -78,6 +90,7 @@ class Engine:
     self._tickets = itertools.count()
     self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
     self._running: dict[int, Running] = {}
+    self._begun: _Step | None = None
 
   @property
   def waiting(self) -> int:
@@ -115,15 +128,14 @@ class Engine:
     self._running.pop(ticket, None)
     if not self._running:
       # Whoever cancels may have interrupted a step, which had given the cache away and not got it back.
+      self._begun = None
       self._cache, self._size = self._empty, (self._shards, 0)
 
   def step(self) -> list[Event]:
-    """Reads in waiting requests as far as rows are free, then gives all running ones a token. What became of each."""
+    """Reads in waiting requests as far as rows are free, which gives them their first token; where none could be, gives
+    all running ones a token. What became of each."""
     with self._on_mesh():
-      events = self._admit()
-      if self._running:
-        events += self._decode()
-    return events
+      return self._admit() or self._decode()
 
   def answer(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Answer]:
     """Answers all requests, in their order; `progress` is told (answered, all) whenever some have been.
@@ -242,7 +254,7 @@ class Engine:
     )
     self._cache = self._programs.write(self._cache, read, put(slots))
     places = [[i] * len(running.slots) for i, running in enumerate(group)]  # all beams begin as the one row
-    return self._take(group, places, tokens, candidates)
+    return self._take(_Step(group, places, count, tokens, candidates))
 
   def _look(self, rows: Sequence[Row], count: int) -> tuple[jax.Array, ...]:
     """The visual tokens of the rows' crops, as many for every row; those seen before are not looked at again."""
@@ -268,26 +280,56 @@ class Engine:
     return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(rows)))))
 
   def _decode(self) -> list[Event]:
-    """One more token of every running request."""
+    """One more token of every running request but those admitted since the step under way was begun.
+
+    The next step is begun before this one's tokens are looked at: it takes them where they were computed, so that no
+    device waits for the host. What it computes for a request that they end is not used. A beam search chooses between
+    the steps, so beside one no step is begun early.
+    """
+    if not self._running:
+      return []
+    step = self._begun or self._begin(None)
+    beginning = all(each.search is None for each in self._running.values()) and step.rows == self._size[0]
+    self._begun = self._begin(step) if beginning else None
+    events = self._take(step)
+    if not self._running:
+      self._begun = None
+    return events
+
+  def _begin(self, before: _Step | None) -> _Step | None:
+    """Begins a step of all running requests; None where those of the step `before` are all at their end.
+
+    `before`: begun, its tokens not taken yet.
+    """
     rows = self._size[0]
+    pending = {each.ticket for each in before.running} if before is not None else set()
     last = np.zeros((rows, 2), np.int32)  # a free row writes into its first place, which a prompt will overwrite
     settings = [(GREEDY, 0, 0)] * rows
-    for running in self._running.values():
-      for slot, token in zip(running.slots, running.last):
-        last[slot] = token, running.request.prompt_tokens + running.count - 1
-        settings[slot] = (running.request.sampling, running.request.seed, running.count)
+    running = []
+    for each in self._running.values():
+      count = each.count + (each.ticket in pending)
+      if count == each.request.max_new_tokens:
+        continue
+      running.append(each)
+      for slot, token in zip(each.slots, [NOT_YET] if each.ticket in pending else each.last):
+        last[slot] = token, each.request.prompt_tokens + count - 1
+        settings[slot] = (each.request.sampling, each.request.seed, count)
+    if not running:
+      return None
     inputs = self._programs.on_devices((last, Draws.of(settings)))
+    known = self._programs.unknown(rows) if before is None else before.tokens
     tokens, candidates, self._cache = self._programs.decode(
-      self._decoding, *inputs, self._cache, candidates=self._candidates(self._running.values())
+      self._decoding, *inputs, known, self._cache, candidates=self._candidates(running)
     )
-    running = list(self._running.values())
-    return self._take(running, [each.slots for each in running], tokens, candidates)
+    return _Step(running, [each.slots for each in running], rows, tokens, candidates)
 
-  def _take(self, running: Sequence[Running], places: Sequence[Sequence[int]], tokens, candidates) -> list[Event]:
-    """Gives requests their next tokens, or their beams' candidates, from these places of what was computed."""
-    tokens, candidates = jax.device_get((tokens, candidates))
+  def _take(self, step: _Step) -> list[Event]:
+    """Gives requests their next tokens, or their beams' candidates."""
+    tokens, candidates = jax.device_get((step.tokens, step.candidates))
     sources, events = {}, []
-    for each, own in zip(running, places):
+    for each, own in zip(step.running, step.places):
+      if each.ticket not in self._running:
+        continue
       if each.search is None:
         events.append(each.take(int(tokens[own[0]])))
       else:
@@ -330,7 +372,8 @@ class Engine:
     with self._on_mesh():
       for rows, places in itertools.product(self._row_sizes, self._cache_sizes):
         cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
-        programs.decode(self._decoding, last, put(Draws.of([(GREEDY, 0, 0)] * rows)), cache, candidates=0)
+        draws = put(Draws.of([(GREEDY, 0, 0)] * rows))
+        programs.decode(self._decoding, last, draws, programs.unknown(rows), cache, candidates=0)
     groups = [sizes[:count] for count in range(2, len(sizes) + 1)]
     return [functools.partial(self._warm_up_reading, *each) for each in itertools.product(groups, self._prompt_sizes)]
 

@@ -14,21 +14,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mllm_jax import parameters, sharding
+from mllm_jax.inference.decoding import Stacked, decoding_of
+from mllm_jax.inference.one_cpu import OneCpu
 from mllm_jax.inference.sampling import Draws, sample
-from mllm_jax.models.decoder import Decoder, KVCache
+from mllm_jax.models.decoder import KVCache
 from mllm_jax.models.mllm import Mllm
-
-LAYERS = "layers/"
 
 
 class Programs:
-  """What an engine runs on a model's parameters `flat` and on those of `decoding` (see `parameters_of`).
+  """What an engine runs on a model's parameters `flat` and on those of `decoding` (see `decoding`).
 
   Caches are donated: the one that a function returns lies where the given one lay.
   """
 
-  def __init__(self, graphdef: nnx.GraphDef, decoder: nnx.GraphDef, layer: nnx.GraphDef, mesh: Mesh | None):
-    self._graphdef, self._decoder, self._layer, self.mesh = graphdef, decoder, layer, mesh
+  def __init__(self, graphdef: nnx.GraphDef, decoding: Stacked | OneCpu, mesh: Mesh | None):
+    self._graphdef, self._decoding, self.mesh = graphdef, decoding, mesh
     self.encode = jax.jit(self._encode)
     self.prefill = jax.jit(self._prefill, static_argnames="candidates")
     self.write = jax.jit(self._write, donate_argnames="cache")
@@ -70,17 +70,12 @@ class Programs:
     layer = lambda l: jax.tree.map(lambda new: new[l : l + 1], read)
     return [jax.tree.map(write, own, layer(l)) for l, own in enumerate(cache)]
 
-  def _decode(self, decoding, last, draws: Draws, cache, candidates: int):
-    """One more token of each row. last: int32 [B, 2] of each row's last token and its position. (next tokens [B],
-    candidates of beams, cache.)"""
-    flat, apart = decoding
-    layers = None
-    if apart is not None:
-      layers = [parameters.unflatten(self._layer, _turned(flat)) for flat in apart]
-      flat = _turned(flat) | {LAYERS + path: x for path, x in apart[0].items()}  # in whose place `layers` are used
-    decoder = parameters.unflatten(self._decoder, flat)
-    hidden, cache = decoder.extend(decoder.embed(last[:, :1]), last[:, 1:], cache, layers)
-    return *self._chosen(decoder.logits(hidden[:, 0]), draws, candidates), self._by_row(cache)
+  def _decode(self, decoding, last, draws: Draws, known, cache, candidates: int):
+    """One more token of each row. last: int32 [B, 2] of each row's last token and its position; where the token is
+    negative it stands in `known` [B], which an earlier call returned. (next tokens [B], candidates of beams, cache.)"""
+    tokens = jnp.where(last[:, 0] < 0, known, last[:, 0])
+    logits, cache = self._decoding.step(decoding, tokens, last[:, 1], cache)
+    return *self._chosen(logits, draws, candidates), self._by_row(cache)
 
   def _chosen(self, logits, draws, candidates):
     """(next tokens [B], (log probabilities, tokens) of the likeliest [B, candidates] or None where that is 0)."""
@@ -123,13 +118,14 @@ class Programs:
     whole = sharding.replicated(self.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree)
 
-  def empty(self, decoder: Decoder, layers_apart: bool) -> Any:
+  def unknown(self, rows: int) -> jax.Array:
+    """`decode`'s `known` where all tokens are given."""
+    return jnp.asarray(self.on_devices(np.zeros(rows, np.int32)))
+
+  def empty(self) -> Any:
     """A cache of no places, for `resize`."""
     shards = 1 if self.mesh is None else sharding.batch_shards(self.mesh)
-    make = lambda layers: KVCache.empty(decoder.config, layers, shards, 0, decoder.dtype)
-    layers = decoder.config.layers
-    made = [make(1) for _ in range(layers)] if layers_apart else make(layers)
-    return self.on_devices(jax.tree.map(np.asarray, made))
+    return self.on_devices(jax.tree.map(np.asarray, self._decoding.empty(shards)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -138,34 +134,9 @@ def programs_for(*structure) -> Programs:
   return Programs(*structure)
 
 
-def parameters_of(model: Mllm, mesh: Mesh | None) -> tuple[Programs, parameters.Flat, tuple]:
-  """(programs, the whole model's parameters, those that decode).
-
-  The latter are (the decoder's, None), or, on one CPU, (the decoder's without layers, each layer's own): XLA's CPU code
-  would copy every layer out of the stack for each token. Their kernels are turned to [out, in] there, which is read
-  twice as fast for one row. It is a second copy of the decoder, in the host's memory.
-  """
+def parameters_of(model: Mllm, mesh: Mesh | None) -> tuple[Programs, parameters.Flat, Any]:
+  """(programs, the whole model's parameters, those that decode)."""
   model = jax.tree.map(jnp.asarray, model)  # a model of NumPy arrays is put on a device once, not at every call
   graphdef, flat = parameters.flatten(model)
-  decoder, own = parameters.flatten(model.decoder)
-  layer, stacked = parameters.flatten(model.decoder.layers)
-  programs = programs_for(graphdef, decoder, layer, mesh)
-  if not _on_one_cpu(flat, mesh):
-    return programs, flat, (own, None)
-  rest = {path: x for path, x in own.items() if not path.startswith(LAYERS)}
-  return programs, flat, jax.jit(_take_apart)(rest, stacked)
-
-
-def _on_one_cpu(flat: parameters.Flat, mesh: Mesh | None) -> bool:
-  devices = flat["decoder/norm/scale"].devices()
-  return mesh is None and len(devices) == 1 and next(iter(devices)).platform == "cpu"
-
-
-def _take_apart(rest: parameters.Flat, stacked: parameters.Flat) -> tuple[parameters.Flat, list[parameters.Flat]]:
-  count = len(next(iter(stacked.values())))
-  return _turned(rest), [_turned({path: x[l] for path, x in stacked.items()}) for l in range(count)]
-
-
-def _turned(flat: parameters.Flat) -> parameters.Flat:
-  """The kernels' axes exchanged, back and forth."""
-  return {path: x.T if path.rpartition("/")[2] in ("kernel", "head") else x for path, x in flat.items()}
+  decoding = decoding_of(model, mesh)
+  return programs_for(graphdef, decoding, mesh), flat, decoding.weights(model)

@@ -201,38 +201,31 @@ class Decoder(nnx.Module):
     return self.norm(x), KVCache(keys, values)
 
   @jax.named_scope("decoder_cached")
-  def extend(self, embeddings, positions, cache, layers=None):
+  def extend(self, embeddings: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Normed hidden states [B, S, D] of new tokens at `positions` [B, S], and the cache with them in it.
 
     A token sees every place up to its own position, or the last ones of a sliding window, so what stands in later ones,
     such as padding, is not seen. The cache is carried through the layers and written in place; of it only the layer at
     hand is read.
-
-    layers: where the caller has taken the stacked layers apart, each of them; `cache` is then one of a single layer for
-      each, and so is the one returned.
     """
     rotary = rotary_angles(positions, self.config)
     rows = jnp.arange(positions.shape[0])[:, None]
-    x = rows_only(embeddings.astype(self.dtype))
 
-    def layer(x, cache, module, index):
+    def layer(carry, xs):
+      x, cache = carry
+      module, index = xs
+
       def attend(q, k, v):
         keys = cache.keys.at[index, rows, :, positions].set(k)
         values = cache.values.at[index, rows, :, positions].set(v)
         attended = attend_cached(q, keys[index], values[index], positions, self.config.sliding_window)
         return attended, KVCache(keys, values)
 
-      return module(x, rotary, attend)
+      return module(x, rotary, attend), None
 
-    if layers is None:
-      step = lambda carry, xs: (layer(*carry, *xs), None)
-      (x, cache), _ = jax.lax.scan(step, (x, cache), (self.layers, jnp.arange(self.config.layers)))
-      return self.norm(x), cache
-    kept = []
-    for module, own in zip(layers, cache, strict=True):
-      x, own = layer(x, own, module, 0)
-      kept.append(own)
-    return self.norm(x), kept
+    start = rows_only(embeddings.astype(self.dtype)), cache
+    (x, cache), _ = jax.lax.scan(layer, start, (self.layers, jnp.arange(self.config.layers)))
+    return self.norm(x), cache
 
   def head_kernel(self) -> jax.Array:
     """The matrix [D, V] from hidden states to logits, as stored."""

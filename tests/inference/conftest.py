@@ -3,11 +3,10 @@
 import json
 import shutil
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_models import GOLDENS, RELEASED, TINY
+from tiny_models import GOLDENS, RELEASED, TINY, random_model
 
 from mllm_jax import parameters
 from mllm_jax.data import chat
@@ -42,12 +41,8 @@ def released(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny():
-  """A random model whose greedy answers vary. Filled by NumPy: compiling the initialisers would take longest of all."""
-  rng = np.random.default_rng(3)
-  graphdef, shapes = parameters.flatten(abstract(TINY))
-  fill = lambda path, shape: np.ones(shape) if path.endswith("scale") else rng.normal(0, 0.3, shape)
-  flat = {path: jnp.asarray(fill(path, leaf.shape), jnp.float32) for path, leaf in shapes.items()}
-  return parameters.unflatten(graphdef, flat)
+  """A random model whose greedy answers vary."""
+  return random_model(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import free_port
-from tiny_models import GOLDENS, RELEASED, TINY, Plain, prompt
+from tiny_models import GOLDENS, RELEASED, TINY, Plain, prompt, random_model
 
 from mllm_jax import parameters
 from mllm_jax.config import LoraConfig
+from mllm_jax.inference import decoding as decoding_lib
 from mllm_jax.inference import programs
 from mllm_jax.inference.engine import Engine
 from mllm_jax.inference.features import FeatureCache
@@ -202,7 +203,7 @@ def test_the_feature_cache_forgets_what_was_not_used_for_longest():
 
 
 def test_folded_adapters_answer_as_those_beside_their_kernels(tiny, requests, monkeypatch):
-  """And the stacked decoder, as accelerators have it, as the one that is taken apart."""
+  """And the stacked decoder, which reads those, as the one that is taken apart."""
   config = dataclasses.replace(TINY, lora=LoraConfig(rank=4, alpha=8.0))
   graphdef, shapes = parameters.flatten(abstract(config))
   known, draw = parameters.flatten(tiny)[1], np.random.default_rng(1)
@@ -215,26 +216,51 @@ def test_folded_adapters_answer_as_those_beside_their_kernels(tiny, requests, mo
   assert not any("lora" in path for path in merged._flat)
   with monkeypatch.context() as patch:
     patch.setattr("mllm_jax.models.lora.merge", lambda model: model)
-    patch.setattr(programs, "_on_one_cpu", lambda *_: False)
     beside = Engine(model, Plain(), rows=8)
-  assert any("lora" in path for path in beside._flat) and beside._decoding[1] is None
+  assert any("lora" in path for path in beside._flat)
   answers = merged.answer(requests)
   assert answers == beside.answer(requests)
   assert answers != Engine(tiny, Plain(), rows=8).answer(requests)  # the adapters do something
 
 
-def test_a_token_copies_no_cache(tiny):
+def test_a_token_copies_no_cache(tiny, monkeypatch):
   """Neither of a stacked decoder, where one layer's is read at a time, nor of one that is taken apart."""
   whole = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache))
-  for apart in (True, False):
+  for decoding_of in (decoding_lib.decoding_of, stacked):
+    monkeypatch.setattr(programs, "decoding_of", decoding_of)
     made, _, decoding = programs.parameters_of(tiny, None)
-    decoding = decoding if apart else (parameters.flatten(tiny.decoder)[1], None)
-    cache = made.resize(made.empty(tiny.decoder, apart), rows=4, places=4096)
+    cache = made.resize(made.empty(), rows=4, places=4096)
     draws = programs.Draws.of([(Sampling(), 0, 0)] * 4)
-    args = decoding, np.zeros((4, 2), np.int32), draws, cache
+    args = decoding, np.zeros((4, 2), np.int32), draws, np.zeros(4, np.int32), cache
     memory = made.decode.lower(*args, candidates=0).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= whole(cache)
     assert memory.temp_size_in_bytes < whole(cache) * 0.6  # TINY has two layers; a copy of all would be 1
+
+
+def stacked(model, mesh):
+  del mesh
+  return decoding_lib.Stacked(parameters.flatten(model.decoder)[0], model.config.decoder, "float32")
+
+
+@pytest.mark.parametrize("bias, tied, window, int8", [(True, True, 0, False), (False, False, 6, True)])
+def test_one_cpus_arrangement_is_the_decoder(bias, tied, window, int8):
+  """Logits and cache after three tokens, beside those of the stacked layers, to rounding."""
+  decoder = dataclasses.replace(
+    TINY.decoder, attention_bias=bias, tied_embeddings=tied, sliding_window=window, kv_heads=TINY.decoder.heads // 2
+  )
+  model = random_model(dataclasses.replace(TINY, decoder=decoder, int8_decoder=int8))
+  got = []
+  for decoding in (decoding_lib.decoding_of(model, None), stacked(model, None)):
+    step, weights = jax.jit(decoding.step), decoding.weights(model)
+    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, 8), (0, 0)]), decoding.empty(2))
+    for t, tokens in enumerate(([5, 6], [7, 8], [9, 3])):
+      logits, cache = step(weights, jnp.array(tokens), jnp.array([t, t + 4]), cache)
+    got.append((logits, cache))
+  (ours, ours_cache), (theirs, theirs_cache) = got
+  assert isinstance(ours_cache, list) and np.abs(theirs).max() > 0.1
+  np.testing.assert_allclose(ours, theirs, atol=2e-5)
+  keys = np.concatenate([layer.keys for layer in ours_cache])
+  np.testing.assert_allclose(keys, theirs_cache.keys, atol=1e-5)
 
 
 def test_compiles_once_and_nothing_after_warm_up(tiny, requests, alone):
@@ -261,9 +287,10 @@ class FakeAspect:
 
 def test_weights_are_arguments_not_constants(tiny):
   made, _, decoding = programs.parameters_of(tiny, None)
-  cache = made.resize(made.empty(tiny.decoder, True), rows=1, places=128)
+  cache = made.resize(made.empty(), rows=1, places=128)
   draws = programs.Draws.of([(Sampling(), 0, 0)])
-  text = made.decode.lower(decoding, np.zeros((1, 2), np.int32), draws, cache, candidates=0).as_text()
+  args = decoding, np.zeros((1, 2), np.int32), draws, np.zeros(1, np.int32), cache
+  text = made.decode.lower(*args, candidates=0).as_text()
   assert len(text) < 400_000  # the weights alone would be millions of characters
 
 
@@ -285,7 +312,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import jax, numpy as np
 from flax import nnx
-from tiny_models import TINY, Plain, prompt
+from tiny_models import TINY, Plain, answered, prompt
 from mllm_jax import parameters, sharding
 from mllm_jax.config import MeshConfig
 from mllm_jax.inference.engine import Engine
@@ -303,6 +330,9 @@ spread = parameters.unflatten(graphdef, jax.device_put(flat, sharding.parameter_
 engine = Engine(spread, Plain(), rows=5, mesh=mesh)
 assert engine.rows == 8
 assert engine.answer(requests) == alone
+given = [answered([1, -200, 8], range(5, 5 + n), picture(n)) for n in range(1, 4)]
+one, eight = (np.array(each.likelihoods(given)) for each in (Engine(model, Plain(), rows=8), engine))
+np.testing.assert_allclose(eight, one, rtol=1e-5)
 engine.submit(requests[0])
 engine.step()
 assert engine._cache.keys.sharding.spec[1] == sharding.BATCH_AXES, engine._cache.keys.sharding

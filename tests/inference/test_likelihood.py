@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import TINY, Plain, prompt
+from tiny_models import TINY, Plain, answered, prompt
 
 from mllm_jax.data import chat
 from mllm_jax.data.aspects import Square
@@ -17,14 +18,6 @@ from mllm_jax.inference.requests import Request
 from mllm_jax.models.projectors import tokens_per_crop
 
 LONG = "a dog and two cats, which look at the moon"
-
-
-def answered(question, answer, pixels=None):
-  """A row of these ids, in which the answer's are weighted."""
-  row, first = prompt([*question, *answer], pixels), len(prompt(question, pixels).tokens)
-  targets, weights = row.targets.copy(), row.loss_weights.copy()
-  targets[first - 1 : -1], weights[first - 1 : -1] = answer, 1
-  return row._replace(targets=targets, loss_weights=weights)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +41,8 @@ def found(tiny, rows):
 
 def test_likelihoods_are_those_of_the_whole_rows_logits(tiny, rows, found):
   length = max(len(row.tokens) for row in rows)
-  logits = np.asarray(tiny.logits(collate([pad_row(row, length) for row in rows])), np.float64)
+  batch = collate([pad_row(row, length) for row in rows])
+  logits = np.asarray(jax.jit(lambda model, batch: model.logits(batch))(tiny, batch), np.float64)
   for row, logit, likelihood in zip(rows, logits, found):
     places = np.flatnonzero(row.loss_weights)
     wanted, logit = row.tokens[places + 1], logit[places]

@@ -2,12 +2,15 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax import parameters
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data import chat, layout
 from mllm_jax.data.patches import patchify
 from mllm_jax.data.processor import Row
+from mllm_jax.models.mllm import Mllm, abstract
 from mllm_jax.models.projectors import tokens_per_crop
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "sp"
@@ -29,6 +32,22 @@ TINY = ModelConfig(
 )
 
 
+def random_model(config: ModelConfig) -> Mllm:
+  """Filled by NumPy: compiling the initialisers would take longest of all."""
+  rng = np.random.default_rng(3)
+  graphdef, shapes = parameters.flatten(abstract(config))
+
+  def fill(path, leaf):
+    if leaf.dtype == np.int8:
+      return rng.integers(-127, 128, leaf.shape)
+    if path.endswith("scale"):  # of a kernel in whole numbers, or a norm's
+      return np.full(leaf.shape, 1 / 300 if "_proj/" in path else 1)
+    return rng.normal(0, 0.3, leaf.shape)
+
+  flat = {path: jnp.asarray(fill(path, leaf), leaf.dtype) for path, leaf in shapes.items()}
+  return parameters.unflatten(graphdef, flat)
+
+
 def prompt(ids, pixels=None, config=TINY) -> Row:
   """A prompt as long as it is; -200 in `ids` stands for the picture `pixels` (H, W, 3)."""
   encoded = chat.Encoded(np.asarray(ids, np.int32), np.zeros(len(ids), bool))
@@ -38,6 +57,14 @@ def prompt(ids, pixels=None, config=TINY) -> Row:
   patches = np.zeros((1, vision.grid**2, vision.patch_values), np.uint8)
   patches = patches if pixels is None else patchify(pixels[None], vision.patch_size)
   return Row(*places, patches, np.full((1, 2), vision.grid if pictures else 0, np.int32))
+
+
+def answered(question, answer, pixels=None) -> Row:
+  """A row of these ids, in which the answer's are weighted."""
+  row, first = prompt([*question, *answer], pixels), len(prompt(question, pixels).tokens)
+  targets, weights = row.targets.copy(), row.loss_weights.copy()
+  targets[first - 1 : -1], weights[first - 1 : -1] = answer, 1
+  return row._replace(targets=targets, loss_weights=weights)
 
 
 class Plain:
