@@ -114,6 +114,8 @@ ALLOWED = {
   "inspection": {"batch", "build", "config", "models", "parameters", "places", "weights"},
   "bench": {
     "batch",
+    "build",
+    "chips",
     "config",
     "data",
     "demo",

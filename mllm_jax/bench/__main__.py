@@ -9,6 +9,7 @@ NAMES = {
   "decode": "tokens a second of answers, against transformers' generate",
   "hiwin": "Hiwin attention, forward and backward, against the released arithmetic in PyTorch",
   "step": "host time of a training step at 7B's number of arrays, layers stacked and not",
+  "train": "LLaVA-SP's LoRA step, beside the same step in PyTorch on the same device",
   "vdim": "VDIM's 4x stack, forward and backward, against the released arithmetic in PyTorch",
 }
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from mllm_jax import parameters
 from mllm_jax.config import DecoderConfig
-from mllm_jax.inference.one_cpu import OneCpu
+from mllm_jax.inference.one_cpu import AT_ONCE, SMALL, OneCpu
 from mllm_jax.models.decoder import KVCache
 from mllm_jax.models.mllm import Mllm
 
@@ -20,6 +20,7 @@ class Stacked:
   decoder: nnx.GraphDef
   config: DecoderConfig
   dtype: str
+  at_once: int = 1
 
   def weights(self, model: Mllm) -> parameters.Flat:
     """The decoder's parameters."""
@@ -43,5 +44,5 @@ def decoding_of(model: Mllm, mesh: Mesh | None) -> Stacked | OneCpu:
   devices = flat["norm/scale"].devices()
   one_cpu = mesh is None and len(devices) == 1 and next(iter(devices)).platform == "cpu"
   if one_cpu and not any("/lora/" in path for path in flat):
-    return OneCpu(config, dtype)
+    return OneCpu(config, dtype, AT_ONCE if sum(x.size for x in flat.values()) < SMALL else 1)
   return Stacked(graphdef, config, dtype)

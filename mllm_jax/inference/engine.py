@@ -32,12 +32,15 @@ CACHE_PLACES = tuple(2**i for i in range(5, 31))
 
 
 class _Step(NamedTuple):
-  """What was begun for running requests: `places` of each among the `rows` of tokens and candidates."""
+  """What was begun for running requests: `places` of each among the `rows` of tokens [count, rows], of the last of
+  these, and of candidates."""
 
   running: Sequence[Running]
   places: Sequence[Sequence[int]]
   rows: int
+  count: int
   tokens: jax.Array
+  last: jax.Array | None
   candidates: tuple[jax.Array, jax.Array] | None
 
 
@@ -254,7 +257,7 @@ class Engine:
     )
     self._cache = self._programs.write(self._cache, read, put(slots))
     places = [[i] * len(running.slots) for i, running in enumerate(group)]  # all beams begin as the one row
-    return self._take(_Step(group, places, count, tokens, candidates))
+    return self._take(_Step(group, places, count, 1, tokens, None, candidates))
 
   def _look(self, rows: Sequence[Row], count: int) -> tuple[jax.Array, ...]:
     """The visual tokens of the rows' crops, as many for every row; those seen before are not looked at again."""
@@ -307,8 +310,8 @@ class Engine:
     settings = [(GREEDY, 0, 0)] * rows
     running = []
     for each in self._running.values():
-      count = each.count + (each.ticket in pending)
-      if count == each.request.max_new_tokens:
+      count = each.count + (before.count if each.ticket in pending else 0)
+      if count >= each.request.max_new_tokens:
         continue
       running.append(each)
       for slot, token in zip(each.slots, [NOT_YET] if each.ticket in pending else each.last):
@@ -317,11 +320,13 @@ class Engine:
     if not running:
       return None
     inputs = self._programs.on_devices((last, Draws.of(settings)))
-    known = self._programs.unknown(rows) if before is None else before.tokens
-    tokens, candidates, self._cache = self._programs.decode(
-      self._decoding, *inputs, known, self._cache, candidates=self._candidates(running)
+    known = self._programs.unknown(rows) if before is None else before.last
+    candidates = self._candidates(running)
+    count = 1 if candidates else self._programs.at_once
+    tokens, last, likeliest, self._cache = self._programs.decode(
+      self._decoding, *inputs, known, self._cache, candidates=candidates, count=count
     )
-    return _Step(running, [each.slots for each in running], rows, tokens, candidates)
+    return _Step(running, [each.slots for each in running], rows, count, tokens, last, likeliest)
 
   def _take(self, step: _Step) -> list[Event]:
     """Gives requests their next tokens, or their beams' candidates."""
@@ -331,7 +336,10 @@ class Engine:
       if each.ticket not in self._running:
         continue
       if each.search is None:
-        events.append(each.take(int(tokens[own[0]])))
+        for token in tokens[:, own[0]]:
+          events.append(each.take(int(token)))
+          if events[-1].answer is not None:
+            break
       else:
         event, parents = each.search_on(*(x[np.array(own)] for x in candidates))
         events.append(event)
@@ -372,8 +380,8 @@ class Engine:
     with self._on_mesh():
       for rows, places in itertools.product(self._row_sizes, self._cache_sizes):
         cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
-        draws = put(Draws.of([(GREEDY, 0, 0)] * rows))
-        programs.decode(self._decoding, last, draws, programs.unknown(rows), cache, candidates=0)
+        draws, known = put(Draws.of([(GREEDY, 0, 0)] * rows)), programs.unknown(rows)
+        programs.decode(self._decoding, last, draws, known, cache, candidates=0, count=programs.at_once)
     groups = [sizes[:count] for count in range(2, len(sizes) + 1)]
     return [functools.partial(self._warm_up_reading, *each) for each in itertools.product(groups, self._prompt_sizes)]
 

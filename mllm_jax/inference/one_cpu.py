@@ -17,6 +17,8 @@ from mllm_jax.models import attention
 from mllm_jax.models.decoder import KVCache, rotary_angles, rotate
 from mllm_jax.models.mllm import Mllm
 
+AT_ONCE = 4  # tokens in one call
+SMALL = 2**24  # parameters: a decoder of fewer needs less time for a token than a call takes
 JOINED = {"queries_keys_values": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 Weights = tuple[parameters.Flat, list[parameters.Flat]]  # the decoder's without its layers, and each layer's
 
@@ -27,6 +29,7 @@ class OneCpu:
 
   config: DecoderConfig
   dtype: str
+  at_once: int
 
   def weights(self, model: Mllm) -> Weights:
     """The decoder's parameters, each turned."""

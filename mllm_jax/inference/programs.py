@@ -32,7 +32,7 @@ class Programs:
     self.encode = jax.jit(self._encode)
     self.prefill = jax.jit(self._prefill, static_argnames="candidates")
     self.write = jax.jit(self._write, donate_argnames="cache")
-    self.decode = jax.jit(self._decode, static_argnames="candidates", donate_argnames="cache")
+    self.decode = jax.jit(self._decode, static_argnames=("candidates", "count"), donate_argnames="cache")
     self.resize = jax.jit(self._resize, static_argnames=("rows", "places"))
     self.permute = jax.jit(self._permute, donate_argnames="cache")
 
@@ -43,7 +43,7 @@ class Programs:
     return tuple(tokens[i] for i in range(len(tokens)))
 
   def _prefill(self, flat, prompts, features, draws: Draws, candidates: int):
-    """Reads prompts. (next tokens [n], candidates of beams, what `write` puts into the cache.)
+    """Reads prompts. (next tokens [1, n], candidates of beams, what `write` puts into the cache.)
 
     prompts: int32 [3, n, S], tokens, visual_index and segment_ids of rows padded on the right. features: [T, D] of n K
     crops, row by row, K the same for all.
@@ -57,7 +57,8 @@ class Programs:
     hidden, read = model.decoder.read(model.embed(tokens, visual_index, visual), positions, segment_ids)
     last = (segment_ids > 0).sum(axis=1) - 1
     logits = model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    return *self._chosen(logits, draws, candidates), read
+    tokens, likeliest = self._chosen(logits, draws, candidates)
+    return tokens[None], likeliest, read
 
   def _write(self, cache, read, slots):
     """Puts what prompts left into rows `slots` [n] of the cache; a number beyond its rows leaves one out."""
@@ -70,12 +71,25 @@ class Programs:
     layer = lambda l: jax.tree.map(lambda new: new[l : l + 1], read)
     return [jax.tree.map(write, own, layer(l)) for l, own in enumerate(cache)]
 
-  def _decode(self, decoding, last, draws: Draws, known, cache, candidates: int):
-    """One more token of each row. last: int32 [B, 2] of each row's last token and its position; where the token is
-    negative it stands in `known` [B], which an earlier call returned. (next tokens [B], candidates of beams, cache.)"""
-    tokens = jnp.where(last[:, 0] < 0, known, last[:, 0])
-    logits, cache = self._decoding.step(decoding, tokens, last[:, 1], cache)
-    return *self._chosen(logits, draws, candidates), self._by_row(cache)
+  def _decode(self, decoding, last, draws: Draws, known, cache, candidates: int, count: int):
+    """`count` more tokens of each row, which is 1 where there are candidates.
+
+    last: int32 [B, 2] of each row's last token and its position; where the token is negative it stands in `known` [B].
+    Returns (tokens [count, B], the last of them for the next call, candidates of beams, cache).
+    """
+
+    def one(carry, done):
+      tokens, cache = carry
+      logits, cache = self._decoding.step(decoding, tokens, last[:, 1] + done, cache)
+      tokens, likeliest = self._chosen(logits, draws.later(done), candidates)
+      return (tokens, self._by_row(cache)), (tokens, likeliest)
+
+    start = jnp.where(last[:, 0] < 0, known, last[:, 0]), cache
+    if count == 1:
+      (tokens, cache), (_, likeliest) = one(start, 0)
+      return tokens[None], tokens, likeliest, cache
+    (tokens, cache), (each, likeliest) = jax.lax.scan(one, start, jnp.arange(count))
+    return each, tokens, likeliest, cache
 
   def _chosen(self, logits, draws, candidates):
     """(next tokens [B], (log probabilities, tokens) of the likeliest [B, candidates] or None where that is 0)."""
@@ -117,6 +131,11 @@ class Programs:
       return tree
     whole = sharding.replicated(self.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree)
+
+  @property
+  def at_once(self) -> int:
+    """How many tokens a call of `decode` best gives."""
+    return self._decoding.at_once
 
   def unknown(self, rows: int) -> jax.Array:
     """`decode`'s `known` where all tokens are given."""

@@ -27,6 +27,12 @@ class Draws:
     shares = [(sampling.temperature, sampling.top_p) for sampling, _, _ in rows]
     return cls(np.array(numbers, np.uint32).reshape(-1, 3), np.array(shares, np.float32).reshape(-1, 2))
 
+  def later(self, steps: Any) -> "Draws":
+    """These rows' draws so many steps later."""
+    return Draws(
+      jnp.stack([self.numbers[:, 0], self.numbers[:, 1] + jnp.uint32(steps), self.numbers[:, 2]], 1), self.shares
+    )
+
 
 def sample(logits: jax.Array, draws: Draws) -> jax.Array:
   """The next token of each row, int32 [B], from float32 logits [B, V].
