@@ -36,7 +36,7 @@ MLP, SPATIAL = ProjectorConfig(kind="mlp2x_gelu"), ProjectorConfig(kind="spatial
 class Endless:
   """In place of a processor: no token ends an answer, and none has a text."""
 
-  end_id = eos_id = -1
+  end_id, end_ids = -1, ()
 
   def __init__(self, max_length: int):
     self.tokenizer, self.max_length = self, max_length

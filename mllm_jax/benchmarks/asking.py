@@ -5,12 +5,16 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from PIL import Image
+
 from mllm_jax.benchmarks.question import Benchmark, Question
 from mllm_jax.benchmarks.store import Store
 from mllm_jax.data.processor import Processor, as_turns
 from mllm_jax.data.records import DataError
+from mllm_jax.data.slices import long_side
 from mllm_jax.inference.requests import Request
 
+BICUBIC = Image.Resampling.BICUBIC
 BATCHES = 4  # that are prepared and handed over at once
 
 
@@ -20,10 +24,13 @@ def digest(questions: Sequence[Question]) -> str:
   return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
-def request(processor: Processor, question: Question, max_new_tokens: int, beams: int) -> Request:
-  """A question as the engine takes it. Raises DataError that names it."""
+def request(processor: Processor, question: Question, max_new_tokens: int, beams: int, longest_side: int) -> Request:
+  """A question as the engine takes it, with pictures resized to their longest side (0: as they are). Raises DataError
+  that names it."""
   try:
     pictures = [picture.load() for picture in question.images]
+    if longest_side:
+      pictures = [picture.resize(long_side(picture.size, longest_side), BICUBIC) for picture in pictures]
     turns = as_turns(question.prompt, len(pictures))
     row = processor.with_room(len(pictures)).prompt(turns, pictures)
   except DataError as error:
@@ -39,6 +46,7 @@ def ask(
   store: Store,
   *,
   beams: int,
+  longest_side: int,
   batch_size: int,
   progress: Callable[[int], None],
 ) -> None:
@@ -52,7 +60,8 @@ def ask(
   waiting = [question for question in questions if question.id not in store.rows]
   size = batch_size * BATCHES
   parts = [waiting[start : start + size] for start in range(0, len(waiting), size)]
-  prepare = lambda part: [request(processor, question, benchmark.max_new_tokens, beams) for question in part]
+  how = benchmark.max_new_tokens, beams, longest_side
+  prepare = lambda part: [request(processor, question, *how) for question in part]
   with ThreadPoolExecutor(1) as reader:
     ahead = reader.submit(prepare, parts[0]) if parts else None
     for number, part in enumerate(parts, start=1):

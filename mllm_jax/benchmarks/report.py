@@ -23,27 +23,27 @@ TEXT = 600  # characters of a question or an answer that are shown
 escape = html.escape
 
 
-def write(folder: Path, model: str, settings: Mapping, scored: Sequence[Scored], others: Mapping[str, float]) -> None:
+def write(folder: Path, model: str, fingerprint: str, scored: Sequence[Scored], others: Mapping[str, float]) -> None:
   """Writes both files whole.
 
   Args:
     folder: where they go.
     model: its name.
-    settings: of the run, such as beams.
+    fingerprint: of its parameters.
     scored: the benchmarks.
     others: scores by name that servers gave, for the averages.
   """
   means = averages(scores(scored) | others)
   content = {
     "model": model,
-    "settings": dict(settings),
+    "fingerprint": fingerprint,
     "averages": means,
     "from_servers": dict(others),
     "benchmarks": {entry.benchmark.name: _entry(entry) for entry in scored},
   }
   _replace(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
   sections = {entry.benchmark.name: _section(entry) for entry in scored}
-  body = [_header(model, settings, means, scored), _table(scored, others, sections), *sections.values()]
+  body = [_header(model, fingerprint, means, scored), _table(scored, others, sections), *sections.values()]
   _replace(folder / "report.html", PAGE.format(title=escape(f"{model}: benchmarks"), style=STYLE, body="\n".join(body)))
 
 
@@ -65,6 +65,7 @@ def _entry(entry: Scored) -> dict:
     "prompt": benchmark.prompt,
     "questions": len(entry.results),
     "of": entry.of,
+    "settings": dict(entry.settings),
   }
   if summary is not None:
     content |= {
@@ -82,7 +83,19 @@ def _replace(path: Path, text: str) -> None:
   os.replace(beside, path)
 
 
-def _header(model: str, settings: Mapping, means: Mapping[str, float], scored: Sequence[Scored]) -> str:
+def _facts(scored: Sequence[Scored]) -> list[str]:
+  """The settings, and which benchmarks have which where they differ."""
+  facts = []
+  for name in scored[0].settings:
+    values = {entry.settings[name]: [] for entry in scored}
+    for entry in scored:
+      values[entry.settings[name]].append(entry.benchmark.name)
+    told = [f"{value} ({', '.join(names)})" if len(values) > 1 else f"{value}" for value, names in values.items()]
+    facts.append(f"{name} {'; '.join(told)}")
+  return facts
+
+
+def _header(model: str, fingerprint: str, means: Mapping[str, float], scored: Sequence[Scored]) -> str:
   tiles = [(name, f"{value:.1f}", "mean of its benchmarks") for name, value in means.items()]
   count = sum(len(entry.results) for entry in scored)
   tiles.append(("Questions", f"{count:,}", f"of {len(scored)} benchmark{'s' * (len(scored) != 1)}"))
@@ -90,7 +103,7 @@ def _header(model: str, settings: Mapping, means: Mapping[str, float], scored: S
     f"<div class='tile'><span>{escape(name)}</span><strong>{value}</strong><small>{note}</small></div>"
     for name, value, note in tiles
   )
-  facts = ", ".join(f"{name} {value}" for name, value in settings.items())
+  facts = ", ".join([f"fingerprint {fingerprint}", *_facts(scored)])
   return f"<header><h1>{escape(model)}</h1><p class='note'>{escape(facts)}</p><div class='tiles'>{cards}</div></header>"
 
 

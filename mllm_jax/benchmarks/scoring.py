@@ -12,12 +12,13 @@ from mllm_jax.data.records import DataError
 @dataclasses.dataclass(frozen=True)
 class Scored:
   """A benchmark with its results. of: how many questions it has in all. summary: None where nothing is scored here.
-  submission: the file for the server, "" without one."""
+  settings: how it was asked, such as beams. submission: the file for the server, "" without one."""
 
   benchmark: Benchmark
   results: Sequence[Result]
   of: int
   summary: Summary | None
+  settings: Mapping[str, int]
   submission: str = ""
 
 

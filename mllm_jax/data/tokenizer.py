@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
   "added_tokens.json",
   "chat_template.jinja",
   "chat_template.json",
+  "generation_config.json",  # for the tokens that end answers
 )
 # What the language model is in a model of LLaVA's own types.
 DECODER_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -65,6 +66,7 @@ class ChatTokenizer:
 
   bos_id: the token that the tokenizer puts in front of a text, or None if it puts none.
   eos_id: the end-of-sequence token. pad_id: the padding token, or None. vocab_size: ids, added ones included.
+  end_ids: the end-of-sequence token and others at which the language model's answers end.
   specials: {content: id} of the special tokens.
   named: what a chat template may ask for by name, {"eos_token": "</s>", ...}.
   chat_template: the Jinja text beside the tokenizer, "" without one.
@@ -79,9 +81,11 @@ class ChatTokenizer:
     vocab_size: int,
     named: Mapping[str, str] | None = None,
     chat_template: str = "",
+    end_ids: Sequence[int] = (),
   ):
     self.bos_id, self.eos_id, self.pad_id, self.vocab_size = bos_id, eos_id, pad_id, vocab_size
     self.named, self.chat_template = dict(named or {}), chat_template
+    self.end_ids = frozenset((eos_id, *end_ids))
     self._json, added = _prepared(backend_json, eos_id)
     self.specials = {token["content"]: token["id"] for token in added}
     self._flags = {token["id"]: (token["lstrip"], token["rstrip"]) for token in added}
@@ -94,7 +98,7 @@ class ChatTokenizer:
 
   def __reduce__(self):
     # The library's own pickling forgets that special tokens are to stay text.
-    fields = (self.bos_id, self.eos_id, self.pad_id, self.vocab_size, self.named, self.chat_template)
+    fields = (self.bos_id, self.eos_id, self.pad_id, self.vocab_size, self.named, self.chat_template, self.end_ids)
     return ChatTokenizer, (self._json, *fields)
 
   def token_id(self, content: str) -> int:
@@ -279,6 +283,7 @@ def load_tokenizer(folder: str) -> ChatTokenizer:
     len(tokenizer),
     named,
     _chat_template(folder, tokenizer),
+    _end_ids(folder),
   )
 
 
@@ -297,6 +302,22 @@ def _chat_template(folder: str, tokenizer: Any) -> str:
   if isinstance(template, dict):
     template = template.get("default", "")
   return template or ""
+
+
+def _end_ids(folder: str) -> list[int]:
+  """The tokens that end answers by the language model's generation_config.json, one or a list of them; none without the
+  file."""
+  path = Path(folder) / "generation_config.json"
+  if not path.is_file():
+    return []
+  try:
+    given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+  except (ValueError, AttributeError) as error:
+    raise DataError(f"{path}: is no JSON object ({error}); copy the file again") from error
+  found = given if isinstance(given, list) else [] if given is None else [given]
+  if not all(type(token) is int and token >= 0 for token in found):
+    raise DataError(f"{path}: eos_token_id is {given!r}; it must be a token's number, or a list of them")
+  return found
 
 
 def hf_tokenizer(folder: str | os.PathLike) -> Any:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm_jax import sharding
+from mllm_jax import parameters, sharding
 from mllm_jax.data.processor import Processor, Row, pad_row
+from mllm_jax.inference import likelihood
 from mllm_jax.inference.features import FeatureCache, digests
 from mllm_jax.inference.programs import parameters_of
 from mllm_jax.inference.requests import Answer, Event, Request
@@ -52,7 +54,7 @@ class Engine:
 
   Args:
     model: its arrays may be spread over devices.
-    processor: decodes, and knows which tokens end an answer: the template's and the tokenizer's own.
+    processor: decodes, and knows which tokens end an answer: the template's and the language model's own.
     rows: requests answered at once; a request with beams takes a row for each.
     max_length: places of a row, for prompt and answer together, which a server knows: prompts and cache then come in
       few sizes, so that `warm_up` has little to compile. None: no limit, and more sizes, which waste less.
@@ -70,10 +72,11 @@ class Engine:
     self.rows = -(-rows // self._shards) * self._shards
     self.max_length = max_length
     self.processor = processor
-    self.end_ids = frozenset((processor.end_id, processor.tokenizer.eos_id))
+    self.end_ids = frozenset((processor.end_id, *processor.tokenizer.end_ids))
     if model.config.lora.rank and not model.config.int8_decoder:
       model = lora.merge(model)
     self._programs, self._flat, self._decoding = parameters_of(model, self.mesh)
+    self._likelihoods = likelihood.program_for(parameters.flatten(model)[0], self.mesh)
     self._empty = self._programs.empty()
     self._cache, self._size = self._empty, (self._shards, 0)
     # Rows that lie on several devices stay there.
@@ -84,7 +87,9 @@ class Engine:
       longest = _bucket(max_length, CACHE_PLACES)
       self._cache_sizes = (longest // 2, longest)
       self._prompt_sizes = [size for size in FEW_PROMPT_PLACES if size < max_length] + [longest]
+    self._groups = GROUPS
     self._features = FeatureCache()
+    self._crops, self._blank = 0, None  # crops that every prompt has at least, and what stands for one that it has not
     self._tickets = itertools.count()
     self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
     self._running: dict[int, Running] = {}
@@ -165,6 +170,27 @@ class Engine:
     self._idle()
     return self._stream(self.submit(request))
 
+  def likelihoods(self, rows: Sequence[Row]) -> list[likelihood.Likelihood]:
+    """How likely the model finds the answers in rows that `likelihood.answer_row` made, in their order.
+
+    Raises ValueError where one takes more than max_length places.
+    """
+    longest = max((len(row.tokens) for row in rows), default=0)
+    if self.max_length is not None and longest > self.max_length:
+      raise ValueError(f"question and answer take {longest} places; there are {self.max_length}")
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))  # of like length, side by side
+    found: dict[int, likelihood.Likelihood] = {}
+    for start in range(0, len(order), self.rows):
+      for part, count in self._grouped(order[start : start + self.rows]):
+        group = [rows[i] for i in part]
+        with self._on_mesh():
+          made = likelihood.arrays(group, count, _bucket(len(group[0].tokens), self._prompt_sizes))
+          results = self._likelihoods(self._flat, *self._programs.on_devices(made), self._look(group, count))
+        tokens = [int((row.loss_weights > 0).sum()) for row in group]
+        sums, greedy = (x.tolist() for x in jax.device_get(results))
+        found |= {i: likelihood.Likelihood(*fields) for i, *fields in zip(part, sums, tokens, greedy)}
+    return [found[i] for i in range(len(rows))]
+
   def _stream(self, ticket: int) -> Iterator[Event]:
     try:
       while self._waiting or self._running:
@@ -210,7 +236,7 @@ class Engine:
   def _grouped(self, items: Sequence) -> Iterator[tuple[Sequence, int]]:
     """(some of the items, rows to work on them in): in few sizes, of which at most a quarter or `shards` is padding."""
     while items:
-      sizes = [size * self._shards for size in GROUPS]
+      sizes = [size * self._shards for size in self._groups]
       size = next((size for size in reversed(sizes) if 4 * len(items) >= 3 * size), sizes[0])
       yield items[:size], size
       items = items[size:]
@@ -225,7 +251,7 @@ class Engine:
     slots[: len(group)] = [running.slots[0] for running in group]
     settings = [(running.request.sampling, running.request.seed, 0) for running in group]
     draws = Draws.of(settings + [(GREEDY, 0, 0)] * (count - len(group)))
-    put, features = self._programs.on_devices, self._look(group, count)
+    put, features = self._programs.on_devices, self._look([running.request.row for running in group], count)
     tokens, candidates, read = self._programs.prefill(
       self._flat, put(prompts), features, put(draws), candidates=self._candidates(group)
     )
@@ -233,15 +259,15 @@ class Engine:
     places = [[i] * len(running.slots) for i, running in enumerate(group)]  # all beams begin as the one row
     return self._take(_Step(group, places, count, 1, tokens, None, candidates))
 
-  def _look(self, group: Sequence[Running], count: int) -> tuple[jax.Array, ...]:
-    """The visual tokens of the group's crops, as many for every row; those seen before are not looked at again."""
-    known, crops = {}, [digests(running.request.row) for running in group]
+  def _look(self, rows: Sequence[Row], count: int) -> tuple[jax.Array, ...]:
+    """The visual tokens of the rows' crops, as many for every row; those seen before are not looked at again."""
+    known, crops = {}, [digests(row) for row in rows]
     new = {}
-    for running, of_row in zip(group, crops):
+    for row, of_row in zip(rows, crops):
       for k, digest in enumerate(of_row):
         known[digest] = self._features.get(digest)
         if known[digest] is None:
-          new[digest] = running.request.row.patches[k], running.request.row.grids[k]
+          new[digest] = row.patches[k], row.grids[k]
     for part, size in self._grouped(list(new.items())):
       filled = part + part[-1:] * (size - len(part))
       arrays = self._programs.on_devices(tuple(np.stack(x) for x in zip(*(crop for _, crop in filled))))
@@ -249,12 +275,12 @@ class Engine:
         known[digest] = tokens
         self._features.put(digest, tokens)
     most = max(map(len, crops))
+    most = max(1 << (most - 1).bit_length() if most else 0, self._crops)
     if not most:
       return ()
-    most = 1 << (most - 1).bit_length()
-    any_tokens = next(iter(known.values()))  # stand where a row has no crop, and nothing refers to them
+    any_tokens = next(iter(known.values()), self._blank)  # stand where a row has no crop; nothing refers to them
     padded = [[known[digest] for digest in of_row] + [any_tokens] * (most - len(of_row)) for of_row in crops]
-    return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(group)))))
+    return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(rows)))))
 
   def _decode(self) -> list[Event]:
     """One more token of every running request but those admitted since the step under way was begun.
@@ -335,38 +361,47 @@ class Engine:
     beams = max((each.request.beams for each in running if each.search is not None), default=0)
     return beams * (1 + len(self.end_ids))
 
-  def warm_up(self) -> None:
+  def warm_up(self) -> list[Callable[[], None]]:
     """Compiles what requests of up to max_length places and one picture need, beams apart, so that none waits for it.
-    Only while nothing runs. Raises RuntimeError without a max_length."""
+    Only while nothing runs. Raises RuntimeError without a max_length.
+
+    Returns what compiles the rest, to be called whenever there is time: without it prompts that wait together are read
+    one by one.
+    """
     self._idle()
     if self.max_length is None:
       raise RuntimeError("an engine without max_length has no end of sizes to compile; give it one")
+    sizes = [size for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
+    # One number of crops for all prompts, so that there is one program and not one for each.
+    self._crops = 1 << (self.processor.aspect.most_crops - 1).bit_length()
+    for places in self._prompt_sizes:
+      self._warm_up_reading(sizes[:1], places)
     programs, put = self._programs, self._programs.on_devices
-    aspect = self.processor.aspect
-    crops = np.zeros((1, aspect.patches, aspect.vision.patch_values), np.uint8), np.ones((1, 2), np.int32)
-    draws = lambda count: put(Draws.of([(GREEDY, 0, 0)] * count))
-    sizes = [size * self._shards for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
-    pictures = [0, *(2**i for i in range((aspect.most_crops - 1).bit_length() + 1))]  # crops of a row
     with self._on_mesh():
-      tokens = {}
-      for count in sizes:
-        tokens[count] = programs.encode(self._flat, *put(tuple(np.repeat(x, count, axis=0) for x in crops)))[0]
-      for places in self._prompt_sizes:
-        for count in sizes:
-          prompts = np.stack(
-            [np.zeros((count, places), np.int32), np.full((count, places), -1), np.ones((count, places))]
-          )
-          prompts = put(prompts.astype(np.int32))
-          for most in pictures:
-            features = (tokens[count],) * (most * count)
-            _, _, read = programs.prefill(self._flat, prompts, features, draws(count), candidates=0)
-          for size in itertools.product(self._row_sizes, [size for size in self._cache_sizes if size >= places]):
-            programs.write(programs.resize(self._empty, *size), read, put(np.full(count, self.rows, np.int32)))
       for rows, places in itertools.product(self._row_sizes, self._cache_sizes):
         cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
-        programs.decode(
-          self._decoding, last, draws(rows), programs.unknown(rows), cache, candidates=0, count=programs.at_once
-        )
+        draws, known = put(Draws.of([(GREEDY, 0, 0)] * rows)), programs.unknown(rows)
+        programs.decode(self._decoding, last, draws, known, cache, candidates=0, count=programs.at_once)
+    groups = [sizes[:count] for count in range(2, len(sizes) + 1)]
+    return [functools.partial(self._warm_up_reading, *each) for each in itertools.product(groups, self._prompt_sizes)]
+
+  def _warm_up_reading(self, groups: Sequence[int], places: int) -> None:
+    """Compiles what reads as many prompts as the last of `groups` says, of so many places. These become the sizes of
+    groups when it was done for all places."""
+    programs, put = self._programs, self._programs.on_devices
+    count, aspect = groups[-1] * self._shards, self.processor.aspect
+    crops = np.zeros((count, aspect.patches, aspect.vision.patch_values), np.uint8), np.ones((count, 2), np.int32)
+    prompts = np.stack([np.zeros((count, places)), np.full((count, places), -1), np.ones((count, places))])
+    draws, slots = Draws.of([(GREEDY, 0, 0)] * count), np.full(count, self.rows, np.int32)
+    with self._on_mesh():
+      self._blank = programs.encode(self._flat, *put(crops))[0]
+      features = (self._blank,) * (self._crops * count)
+      _, _, read = programs.prefill(self._flat, put(prompts.astype(np.int32)), features, put(draws), candidates=0)
+      for rows, size in itertools.product(self._row_sizes, self._cache_sizes):
+        if size >= places and 4 * rows >= 3 * count:
+          programs.write(programs.resize(self._empty, rows, size), read, put(slots))
+    if places == self._prompt_sizes[-1]:
+      self._groups = groups
 
   def _on_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

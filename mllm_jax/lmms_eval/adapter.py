@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
@@ -14,8 +14,9 @@ from tqdm import tqdm
 from mllm_jax import distributed, sharding
 from mllm_jax.build import load
 from mllm_jax.config import MeshConfig
+from mllm_jax.data.records import Turn
 from mllm_jax.inference.engine import Engine
-from mllm_jax.lmms_eval.answering import Question, answer, naming
+from mllm_jax.lmms_eval.answering import Question, answer, naming, weigh
 from mllm_jax.lmms_eval.conversations import Conversation, of_messages, of_text
 from mllm_jax.lmms_eval.settings import UNUSED, USED, settings
 
@@ -36,6 +37,17 @@ class Asked(NamedTuple):
   place: tuple[str, str, int]
   first: Callable[[Any], Conversation]
   later: Callable[..., tuple[Conversation | None, Sequence[str], Any]]
+
+
+class Ranked(NamedTuple):
+  """What lmms-eval knows of a given answer: what it compares, and whether a greedy answer is the given one."""
+
+  value: float
+  greedy: bool
+
+  def strip(self) -> str:
+    """Nothing: lmms-eval's cache takes this for a text and leaves empty ones; a kept one it would give back as text."""
+    return ""
 
 
 class Simple(lmms):
@@ -113,12 +125,31 @@ class Simple(lmms):
       open_ = following
     return results
 
-  def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-    """Is not implemented: lmms-eval 0.7.3 turns likelihoods into text before it scores them."""
-    raise NotImplementedError(
-      f"{requests[0].task_name} ranks given answers by likelihood (output_type loglikelihood or multiple_choice), "
-      "which this model does not do; run the task's variant that has answers generated"
-    )
+  def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+    """Of each request a `Ranked`, handed over in the one way in which lmms-eval 0.7.3 leaves it as it is.
+
+    A given answer is what the model would say, its end among it; outer spaces are the template's matter. Options of a
+    question (output_type multiple_choice) have the negative logarithm of their probability, since the smallest is taken
+    for the model's choice; other given answers the logarithm itself, of which perplexity is made.
+
+    Raises:
+      ValueError: a document that cannot be asked; the message names it.
+    """
+    questions = [self._given(*request.args) for request in requests]
+    with tqdm(total=len(questions), desc="likelihoods", disable=jax.process_index() != 0) as bar:
+      found = weigh(self.engine, questions, bar.update)
+    signs = [1 if callable(request.args[1]) else -1 for request in requests]
+    ranked = [Ranked(sign * each.log_probability, each.greedy) for sign, each in zip(signs, found)]
+    return [GenerationResult(each) for each in ranked]
+
+  def _given(self, context, answer, doc_to_visual, number, task, split) -> Question:
+    def conversation() -> Conversation:
+      document = self.task_dict[task][split][number]
+      turns, pictures, system = of_text(context, doc_to_visual(document))
+      text = answer(document) if callable(answer) else answer
+      return Conversation([*turns, Turn("gpt", text.strip())], pictures, system)
+
+    return Question(f"{task}, split {split}, document {number}", conversation, {})
 
   def _asked(self, context, kwargs, doc_to_visual, *rest) -> Asked:
     """From what a request holds; in tasks of several rounds doc_to_text stands behind doc_to_visual."""

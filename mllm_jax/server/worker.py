@@ -1,6 +1,7 @@
 """Worker: the one thread that owns the engine, and what hands its events over to the event loop."""
 
 import asyncio
+import collections
 import contextlib
 import logging
 import queue
@@ -27,7 +28,7 @@ class Engine(Protocol):
 
   def cancel(self, ticket: int) -> None: ...
 
-  def warm_up(self) -> None: ...
+  def warm_up(self) -> list[Callable[[], None]]: ...
 
 
 class Asked:
@@ -55,7 +56,8 @@ class Asked:
 
 
 class Worker(threading.Thread):
-  """Warms the engine up, then steps it while it has anything to do. Made in the event loop's thread.
+  """Warms the engine up, then steps it while it has anything to do, and goes on warming it up while it has not. Made in
+  the event loop's thread.
 
   ready: whether it is warm. failed: whether the engine broke; it answers nothing more then. on_failure is called in
   the event loop. waiting, running: of the engine after its last step.
@@ -71,6 +73,7 @@ class Worker(threading.Thread):
     self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     self._asked: dict[int, tuple[Asked, int]] = {}  # ticket -> whose it is, and the number among its requests
     self._open: set[Asked] = set()  # the event loop's own
+    self._later: collections.deque[Callable[[], None]] = collections.deque()  # what is left of the warming up
 
   # ---- in the event loop's thread ----
 
@@ -111,7 +114,7 @@ class Worker(threading.Thread):
 
   def run(self) -> None:
     try:
-      self._engine.warm_up()
+      self._later.extend(self._engine.warm_up())
       self.ready = True
       while self._obey():
         events = self._engine.step()
@@ -131,9 +134,12 @@ class Worker(threading.Thread):
     while True:
       idle = not (self._engine.running or self._engine.waiting)
       try:
-        command = self._commands.get(block=idle)
+        command = self._commands.get(block=idle and not self._later)
       except queue.Empty:
-        return True
+        if not idle:
+          return True
+        self._later.popleft()()
+        continue
       if command is None:
         return False
       command()

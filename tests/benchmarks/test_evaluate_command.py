@@ -12,8 +12,10 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mllm_jax
 from mllm_jax import evaluate
 from mllm_jax.benchmarks.catalogue import BENCHMARKS
+from mllm_jax.benchmarks.source import Source
 from mllm_jax.benchmarks.store import Store
 from mllm_jax.inference.requests import Answer
 
@@ -48,7 +50,7 @@ class Engine:
 def engine(monkeypatch):
   found = Engine()
   monkeypatch.setattr(evaluate, "describe", lambda path: MODEL)
-  monkeypatch.setattr(evaluate, "load_engine", lambda path, rows, max_slices: (found, Processor()))
+  monkeypatch.setattr(evaluate, "load_engine", lambda *_: (found, Processor()))
   return found
 
 
@@ -101,6 +103,7 @@ def test_asks_scores_and_reports(run, engine, tmp_path):
     "details": {"perception": 50, "cognition": 50}
     | {f"{name} {kind}": value for name in found for kind, value in (("acc", 50), ("acc+", 0))},
     "categories": found,
+    "settings": {"beams": 1, "max_slices": 0, "longest_side": 0},
   }
   page = (tmp_path / "out/report.html").read_text()
   assert "POPE" in page and "6 of 6 wrong answers" in page and page.count("data:image/jpeg;base64,") == 6 + 4
@@ -154,6 +157,62 @@ def test_answers_of_two_models_are_not_scored_together(run, monkeypatch):
   run(benchmark="mme")
   status, _, err = run("--score_only", benchmark="pope,mme")
   assert status == 2 and "answers of 2 models (0123, 4567)" in err
+
+
+def test_the_report_holds_what_earlier_calls_asked(run, engine, tmp_path, monkeypatch):
+  """Benchmarks of one model and its settings make one report, in whatever calls they were asked."""
+  scores = dict.fromkeys("vqav2 gqa vizwiz scienceqa textvqa mmbench_en_dev seed llava_wild mm_vet".split(), 50)
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out/server_scores.json").write_text(json.dumps(scores))
+  report = lambda: json.loads((tmp_path / "out/report.json").read_text())
+  assert run("--limit=4", benchmark="mme")[1].startswith("mme\t")
+  status, out, err = run()
+  assert status == 0 and out == "pope\t66.67\n" and "left out" not in err
+  counts = {name: entry["questions"] for name, entry in report()["benchmarks"].items()}
+  assert counts == {"pope": 12, "mme": 4} and not report()["averages"]  # a part of a benchmark is no score
+  run(benchmark="mme")
+  assert report()["averages"]["Avg11"] == pytest.approx((9 * 50 + 200 / 3 + 2.5) / 11)
+  page = (tmp_path / "out/report.html").read_text()
+  assert "id='pope'" in page and "id='mme'" in page
+  run("--score_only")
+  assert "Avg11" in report()["averages"]
+
+  monkeypatch.setattr(evaluate, "describe", lambda path: MODEL | {"fingerprint": "4567"})
+  (tmp_path / "out/predictions/pope.jsonl").unlink()
+  status, _, err = run()
+  assert status == 0 and "left out of the report: " in err and "mme.jsonl is of another model (sp)" in err
+  assert list(report()["benchmarks"]) == ["pope"]
+
+
+def test_settings_differ_by_benchmark_in_one_report(run, engine, tmp_path):
+  """As LLaVA-UHD v2's protocol has it."""
+  assert run("--max_slices=9", "--num_beams=5", benchmark="mme")[0] == 0
+  assert run("--max_slices=9", "--longest_side=1024")[0] == 0
+  report = json.loads((tmp_path / "out/report.json").read_text())
+  settings = {name: entry["settings"] for name, entry in report["benchmarks"].items()}
+  asked = {"beams": 1, "max_slices": 9, "longest_side": 1024}
+  assert settings == {"pope": asked, "mme": {"beams": 5, "max_slices": 9, "longest_side": 0}}
+  facts = "beams 1 (pope); 5 (mme), max_slices 9, longest_side 1024 (pope); 0 (mme)"
+  assert f"fingerprint 0123, {facts}<" in (tmp_path / "out/report.html").read_text()
+  assert [request.row[1] for request in engine.asked[-12:]] == [[(1024, 768)]] * 12
+  assert [request.row[1] for request in engine.asked[:8]] == [[(8, 6)]] * 8
+  assert lines(tmp_path / "out/predictions/mme.jsonl")[0].keys().isdisjoint({"longest_side"})
+  status, _, err = run("--max_slices=9")
+  assert status == 2 and "longest_side was 1024 and is None" in err
+
+
+def test_what_cannot_be_scored_again_is_left_out_of_the_report(run, tmp_path):
+  run(benchmark="mme")
+  (next((tmp_path / "data/MME").rglob("*.txt"))).unlink()
+  status, _, err = run()
+  assert status == 0 and "left out of the report: mme: " in err
+
+
+def test_one_of_several_processes_is_refused(run, monkeypatch):
+  for name, value in (("COORDINATOR_ADDRESS", "a:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
+    monkeypatch.setenv(f"JAX_{name}", value)
+  status, _, err = run()
+  assert status == 2 and "an evaluation is one process" in err and "that of one of 2" in err
 
 
 def test_a_limit_is_a_part_that_more_questions_can_follow(run, engine, tmp_path):
@@ -219,6 +278,8 @@ def test_answers_cut_off_anywhere_are_a_beginning_that_goes_on(texts, cut, tmp_p
     (["--benchmark=pope", "--data=/no/such", "--out=x", "--model=."], "--data /no/such: no such folder"),
     (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--limit=0"], "--limit is 0"),
     (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--num_beams=20"], "--num_beams 20 takes as many rows"),
+    (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--longest_side=-1"], "--longest_side is -1"),
+    (["--benchmark=pope", "--data=.", "--out=x", "--model=.", "--tensor=0"], "--tensor is 0"),
     (["--benchmark=mm_vet", "--data=.", "--out=x", "--model=."], "needs a judge; give --judge_url"),
   ],
 )
@@ -255,7 +316,8 @@ def write_model(path):
   folder.write(path, folder.Manifest(parts, "vicuna_v1"), InMemory(arrays), llm)
 
 
-def test_a_real_model_answers_and_is_scored(tmp_path, monkeypatch, capsys):
+def test_a_real_model_answers_on_all_devices_and_is_scored(tmp_path, monkeypatch, capsys):
+  """On the tests' eight devices, as it answers on one."""
   published_files.mmmu(tmp_path / "data")
   write_model(tmp_path / "model")
   monkeypatch.setitem(BENCHMARKS, "mmmu", dataclasses.replace(BENCHMARKS["mmmu"], max_new_tokens=4))
@@ -265,5 +327,12 @@ def test_a_real_model_answers_and_is_scored(tmp_path, monkeypatch, capsys):
   head, *rows = lines(tmp_path / "out/predictions/mmmu.jsonl")
   assert head["model"] == "model" and head["padded"] is True and len(head["fingerprint"]) == 16
   assert len(rows) == 2 and all(row["text"] for row in rows)
+
+  model, processor = mllm_jax.load(tmp_path / "model")
+  questions = BENCHMARKS["mmmu"].read(Source(tmp_path / "data"))
+  pictures = [[picture.load() for picture in question.images] for question in questions]
+  prompts = [question.prompt for question in questions]
+  answers = mllm_jax.generate(model, processor, prompts, pictures, max_new_tokens=4)
+  assert [row["text"] for row in rows] == answers and len(set(answers)) == 2
   assert evaluate.main([*given, "--score_only"]) == 0
   assert capsys.readouterr().out == told and told.startswith("mmmu\t")

@@ -8,6 +8,7 @@ import threading
 import published_files
 import pytest
 
+from mllm_jax import evaluate
 from mllm_jax.benchmarks import scoring
 from mllm_jax.benchmarks.catalogue import BENCHMARKS
 from mllm_jax.benchmarks.judge import Endpoint
@@ -142,3 +143,29 @@ def test_mathvista_brings_answers_into_the_form_of_the_gold_one(kind, choices, p
   facts = {"question_type": asked, "answer_type": kind, "choices": choices, "precision": precision}
   assert mathvista_value(Question("1", "q", (), facts=facts), extracted) == value
   assert ask_mathvista(Question("1", "q", (), facts=facts), "") is None
+
+
+def test_verdicts_of_an_earlier_call_count_in_the_report(tmp_path, capsys):
+  model = {"model": "sp", "fingerprint": "0123", "padded": True}
+  for name in ("mm_vet", "pope"):
+    getattr(published_files, name)(tmp_path / "data")
+    benchmark, path = BENCHMARKS[name], tmp_path / f"out/predictions/{name}.jsonl"
+    questions = read_questions(benchmark, Source(tmp_path / "data"))
+    store = Store(path, evaluate.head(benchmark, questions, model, {"beams": 1, "max_slices": 0}))
+    for question in questions:
+      store.append({"id": question.id, "text": "yes"})
+  run = lambda *given: evaluate.main(
+    [f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}", "--score_only", *given]
+  )
+  report = lambda: json.loads((tmp_path / "out/report.json").read_text())["benchmarks"]
+
+  assert run("--benchmark=pope") == 0 and list(report()) == ["pope"]
+  assert "left out of the report: " in capsys.readouterr().err  # nobody has judged mm_vet
+  with judge(["0.5", "1.0"]) as (endpoint, seen):
+    assert run("--benchmark=mm_vet", f"--judge_url={endpoint.url}", "--judge_model=grader") == 0
+    assert run("--benchmark=pope") == 0 and len(seen) == 2
+  assert report()["mm_vet"]["score"] == 75 and list(report()) == ["pope", "mm_vet"]
+  path = tmp_path / "out/verdicts/mm_vet.jsonl"
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+  capsys.readouterr()
+  assert run("--benchmark=pope") == 0 and "mm_vet.jsonl: verdicts are missing" in capsys.readouterr().err

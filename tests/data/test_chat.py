@@ -195,6 +195,29 @@ def test_pickling_keeps_special_tokens_text(tokenizers):
   assert before.ids.tolist() == after.ids.tolist() and before.trained_on.tolist() == after.trained_on.tolist()
 
 
+@pytest.mark.parametrize(
+  "given, expected", [({"eos_token_id": [7, 2, 9]}, {2, 7, 9}), ({"eos_token_id": 5}, {2, 5}), ({}, {2}), (None, {2})]
+)
+def test_further_tokens_that_end_answers(tokenizer_folders, tmp_path, given, expected):
+  """generation_config.json travels with the tokenizer."""
+  source = shutil.copytree(tokenizer_folders[False], tmp_path / "source")
+  if given is not None:
+    (source / "generation_config.json").write_text(json.dumps(given))
+  chat.copy_tokenizer(source, tmp_path / "copy")
+  tokenizer = chat.load_tokenizer(str(tmp_path / "copy"))
+  assert tokenizer.end_ids == pickle.loads(pickle.dumps(tokenizer)).end_ids == expected
+
+
+@pytest.mark.parametrize(
+  "text, message", [("[", "no JSON"), ('{"eos_token_id": ["</s>"]}', "eos_token_id is"), ("3", "no JSON")]
+)
+def test_a_damaged_generation_config_is_named(tokenizer_folders, tmp_path, text, message):
+  folder = shutil.copytree(tokenizer_folders[False], tmp_path / "source")
+  (folder / "generation_config.json").write_text(text)
+  with pytest.raises(DataError, match=f"generation_config.json: .*{message}"):
+    chat.load_tokenizer(str(folder))
+
+
 def test_tokenizer_folders_that_are_none(tmp_path):
   with pytest.raises(DataError, match="no such folder"):
     chat.load_tokenizer(str(tmp_path / "none"))

@@ -1,5 +1,6 @@
 """The chat on a terminal: typed at through a pty, with a model read from a folder; and what its lines do."""
 
+import dataclasses
 import os
 import pty
 import select
@@ -70,9 +71,10 @@ COMMAND = "import os, sys, mllm_jax.chat as c; os.open(os.ttyname(0), os.O_RDWR)
 def test_a_chat_on_a_terminal(tmp_path, tiny, tokenizer, tokenizer_folder, picture):
   arrays = {path: np.array(x) for path, x in parameters.flatten(tiny)[1].items()}
   arrays["decoder/head"][:, tokenizer.eos_id] = 0  # never the likeliest, so that an answer is there to be interrupted
-  parts = {"vision": TINY.vision, "decoder": TINY.decoder, "projector": TINY.projector}
+  decoder = dataclasses.replace(TINY.decoder, max_positions=2**16)  # room for answers that last
+  parts = {"vision": TINY.vision, "decoder": decoder, "projector": TINY.projector}
   folder.write(tmp_path / "model", folder.Manifest(parts, "vicuna_v1"), InMemory(arrays), tokenizer_folder)
-  command = [sys.executable, "-c", COMMAND, f"--model={tmp_path / 'model'}", "--max_new_tokens=3500"]
+  command = [sys.executable, "-c", COMMAND, f"--model={tmp_path / 'model'}", "--max_new_tokens=20000"]
   chat = Typed(command)
   try:
     chat.until("> ")

@@ -158,7 +158,7 @@ def test_answers_end_before_the_end_token_each_for_itself(tiny, requests, alone)
     assert answer.ids == (free.ids[: free.ids.index(end)] if ended else free.ids)
     assert answer.finish_reason == ("stop" if ended else "length")
   both = Plain(10_000)
-  both.eos_id = end  # the tokenizer's own end counts beside the template's
+  both.end_ids = (20_000, end)  # the language model's own ends count beside the template's
   assert Engine(tiny, both, rows=8).answer(requests[:1])[0].ids == alone[0].ids[:3]
 
 
@@ -263,15 +263,22 @@ def test_one_cpus_arrangement_is_the_decoder(bias, tied, window, int8):
   np.testing.assert_allclose(keys, theirs_cache.keys, atol=1e-5)
 
 
-def test_compiles_once_and_nothing_after_warm_up(tiny, requests):
-  engine = Engine(tiny, Plain(), rows=2, max_length=128)
+def test_compiles_once_and_nothing_after_warm_up(tiny, requests, alone):
+  engine = Engine(tiny, Plain(), rows=4, max_length=128)
   engine.processor.aspect = FakeAspect()
-  engine.warm_up()
+  later = engine.warm_up()
   compiled = engine._programs
   count = lambda: [getattr(compiled, name)._cache_size() for name in ("encode", "prefill", "write", "decode")]
   before = count()
-  engine.answer(requests)
-  engine.answer(requests[::-1])
+  assert engine.answer(requests) == alone
+  assert engine.answer(requests[::-1]) == alone[::-1]
+  assert count() == before
+  assert engine._groups == [1]
+  for each in later:
+    each()
+  assert engine._groups == [1, 4]
+  before = count()
+  assert engine.answer(requests) == alone
   assert count() == before
 
 
@@ -306,7 +313,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import jax, numpy as np
 from flax import nnx
-from tiny_models import TINY, Plain, prompt
+from tiny_models import TINY, Plain, answered, prompt
 from mllm_jax import parameters, sharding
 from mllm_jax.config import MeshConfig
 from mllm_jax.inference.engine import Engine
@@ -324,6 +331,9 @@ spread = parameters.unflatten(graphdef, jax.device_put(flat, sharding.parameter_
 engine = Engine(spread, Plain(), rows=5, mesh=mesh)
 assert engine.rows == 8
 assert engine.answer(requests) == alone
+given = [answered([1, -200, 8], range(5, 5 + n), picture(n)) for n in range(1, 4)]
+one, eight = (np.array(each.likelihoods(given)) for each in (Engine(model, Plain(), rows=8), engine))
+np.testing.assert_allclose(eight, one, rtol=1e-5)
 engine.submit(requests[0])
 engine.step()
 assert engine._cache.keys.sharding.spec[1] == sharding.BATCH_AXES, engine._cache.keys.sharding

@@ -59,6 +59,14 @@ def prompt(ids, pixels=None, config=TINY) -> Row:
   return Row(*places, patches, np.full((1, 2), vision.grid if pictures else 0, np.int32))
 
 
+def answered(question, answer, pixels=None) -> Row:
+  """A row of these ids, in which the answer's are weighted."""
+  row, first = prompt([*question, *answer], pixels), len(prompt(question, pixels).tokens)
+  targets, weights = row.targets.copy(), row.loss_weights.copy()
+  targets[first - 1 : -1], weights[first - 1 : -1] = answer, 1
+  return row._replace(targets=targets, loss_weights=weights)
+
+
 class Plain:
   """In place of a processor: a token is written as its number in brackets, and nothing ends an answer but `end_id`."""
 
@@ -66,7 +74,7 @@ class Plain:
 
   def __init__(self, end_id=10_000):
     self.end_id, self.tokenizer = end_id, self
-    self.eos_id = end_id
+    self.end_ids = ()
 
   def decode(self, ids):
     return "".join(f"[{number}]" for number in ids)

@@ -1,5 +1,6 @@
 """In place of an engine: gives the replies it was told to, to whatever question holds their key."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionC
 from mllm_jax.data import chat
 from mllm_jax.data.aspects import Square
 from mllm_jax.data.processor import Processor
+from mllm_jax.inference.likelihood import Likelihood
 from mllm_jax.inference.requests import Answer, Event
 from mllm_jax.models.mllm import abstract
 from mllm_jax.models.projectors import tokens_per_crop
@@ -42,12 +44,14 @@ def processor(path: Path) -> Processor:
   return Processor(tokenizer, Square(MODEL.vision, tokens_per_crop(MODEL)), "vicuna_v1", 256, 1)
 
 
-def write_model(path: Path) -> str:
-  """A model's folder, with random values that make its greedy answers vary."""
+def write_model(path: Path, vocab_size: int = MODEL.decoder.vocab_size) -> str:
+  """A model's folder, with random values that make its greedy answers vary. Of the tokenizer's 512 tokens a smaller
+  vocabulary cannot have all."""
+  config = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab_size=vocab_size))
   draw = np.random.default_rng(3)
   fill = lambda name, shape: np.ones(shape) if name.endswith("scale") else draw.normal(0, 0.3, shape)
-  flat = {name: fill(name, x.shape).astype(np.float32) for name, x in parameters.flatten(abstract(MODEL))[1].items()}
-  parts = {"vision": MODEL.vision, "decoder": MODEL.decoder, "projector": MODEL.projector}
+  flat = {name: fill(name, x.shape).astype(np.float32) for name, x in parameters.flatten(abstract(config))[1].items()}
+  parts = {"vision": config.vision, "decoder": config.decoder, "projector": config.projector}
   tokenizer = write_tokenizer(path.with_name(path.name + "_tokenizer"))
   folder.write(path, folder.Manifest(parts, "vicuna_v1"), InMemory(flat), tokenizer)
   return str(path)
@@ -56,12 +60,14 @@ def write_model(path: Path) -> str:
 class Replies:
   """Answers after a few steps, the last that came first.
 
+  Of given answers those that are replies are likely, and more so the shorter they are.
+
   prompts: the requests' texts in the order they came, each picture a "#".
   """
 
   def __init__(self, processor: Processor, replies: dict[str, str], rows: int = 3):
     self.processor, self.rows, self.replies = processor, rows, replies
-    self.requests, self.prompts, self.most_waiting = [], [], 0
+    self.requests, self.prompts, self.weighed, self.most_waiting = [], [], [], 0
     self._open = []
 
   @property
@@ -76,7 +82,7 @@ class Replies:
     if request.beams > self.rows:
       raise ValueError(f"beams is {request.beams}, and there are {self.rows} rows")
     self.requests.append(request)
-    self.prompts.append(self._text(request))
+    self.prompts.append(self._text(request.row))
     self._open.append(len(self.requests) - 1)
     self.most_waiting = max(self.most_waiting, self.waiting)
     return self._open[-1]
@@ -90,9 +96,20 @@ class Replies:
     assert len(found) == 1, (self.prompts[ticket], found)
     return [Event(ticket, found[0], Answer(found[0], (1,), "stop"))]
 
-  def _text(self, request) -> str:
+  def likelihoods(self, rows) -> list[Likelihood]:
+    self.weighed.append(len(rows))
+    return [self._likelihood(row) for row in rows]
+
+  def _likelihood(self, row) -> Likelihood:
+    places = np.flatnonzero(row.loss_weights)
+    self.prompts.append(self._text(row))
+    answer = self.processor.tokenizer.decode(row.targets[places])
+    told = any(key in self.prompts[-1] and reply == answer for key, reply in self.replies.items())
+    return Likelihood(-len(answer) / (8 if told else 1), len(places), told)
+
+  def _text(self, row) -> str:
     """The prompt; what every picture takes is one "#"."""
-    row, per_crop = request.row, self.processor.tokens_per_crop
+    per_crop = self.processor.tokens_per_crop
     pieces, ids = [], []
     for place, visual in enumerate(row.visual_index):
       if visual < 0:

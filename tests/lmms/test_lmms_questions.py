@@ -8,7 +8,7 @@ from PIL import Image
 
 from mllm_jax.data.records import DataError, Turn
 from mllm_jax.inference.settings import GREEDY, Sampling
-from mllm_jax.lmms_eval.answering import Question, answer
+from mllm_jax.lmms_eval.answering import Question, answer, weigh
 from mllm_jax.lmms_eval.conversations import Conversation, of_messages, of_text
 from mllm_jax.lmms_eval.settings import settings
 
@@ -151,3 +151,19 @@ def test_a_question_that_cannot_be_asked_is_named_and_nothing_runs_on(processor,
   with pytest.raises(ValueError, match=message):
     answer(engine, [question("[0]"), bad, *(question(f"[{i}]") for i in range(2, 5))], lambda: None)
   assert engine.running == engine.waiting == 0
+
+
+def given(text, reply, visuals=()):
+  asked = of_text(text, visuals)
+  return Question(text, lambda: asked._replace(turns=[*asked.turns, Turn("gpt", reply)]), {})
+
+
+def test_given_answers_are_weighed_in_their_order(processor):
+  engine = replies.Replies(processor, {f"[{i}]": "yes" for i in range(0, 20, 3)}, rows=2)
+  told = []
+  found = weigh(engine, [given(f"[{i}]", "yes", [RED, BLUE][: i % 3]) for i in range(20)], told.append)
+  assert [each.greedy for each in found] == [i % 3 == 0 for i in range(20)]
+  assert engine.weighed == told == [8, 8, 4]
+  assert [prompt.count("#") for prompt in engine.prompts] == [i % 3 for i in range(20)]
+  with pytest.raises(ValueError, match=r"\[1\]: the answer is empty"):
+    weigh(engine, [given("[0]", "yes"), given("[1]", "")], told.append)

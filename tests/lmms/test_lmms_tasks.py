@@ -23,6 +23,8 @@ from lmms_eval.tasks import TaskManager  # noqa: E402
 from loguru import logger  # noqa: E402
 
 import mllm_jax  # noqa: E402
+from mllm_jax.data.records import Turn  # noqa: E402
+from mllm_jax.inference.likelihood import answer_row  # noqa: E402
 from mllm_jax.lmms_eval import adapter as adapter_lib  # noqa: E402
 from mllm_jax.lmms_eval.adapter import Chat, Simple  # noqa: E402
 
@@ -118,6 +120,14 @@ def refcoco():
   return "refcoco/refcoco_bbox_rec_val.yaml", features, documents
 
 
+def seedbench_ppl():
+  """As `seedbench`, with options that differ in length: lmms-eval ranks them by likelihood."""
+  path, features, documents = seedbench()
+  options = dict(zip((f"choice_{letter}" for letter in "abcd"), OPTIONS))
+  return "seedbench/seedbench_ppl.yaml", features, [document | options for document in documents]
+
+
+OPTIONS = ("cat", "white dog", "herd of cows", "two red hens and a fox")
 UNTIL = "on"
 # Task -> (what it asks, the gold answers, its scores, and the same for answers with known mistakes), by a text that
 # stands in one question alone.
@@ -189,6 +199,10 @@ def clones(tmp_path_factory):
     if name == "pope":
       for kind, kwargs in KINDS.items():
         write_task(folder, f"pope_{kind}", features, documents, **local, generation_kwargs=kwargs)
+  path, features, documents = seedbench_ppl()
+  metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+  local = {"include": str(PACKAGED / path), "test_split": "test", "metric_list": metrics}
+  write_task(folder, "seedbench_ppl_local", features, documents, **local)
   return TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -225,6 +239,23 @@ def test_published_tasks_ask_as_llava_does(clones, processor):
   assert settings("there, 3?") == settings("right dog") == (128, ("ASSISTANT:",))
 
 
+@pytest.mark.parametrize("wrong", [False, True], ids=["gold", "mistakes"])
+def test_published_options_are_ranked_by_likelihood(clones, processor, tmp_path, wrong):
+  """Also where lmms-eval keeps what was answered. Options are one of four lengths; the gold ones are a, b, c and d."""
+  told = {f"there, {i}?": OPTIONS[i] for i in range(4)} | ({"there, 3?": OPTIONS[0]} if wrong else {})
+  for _ in range(2):
+    adapter = Simple(replies.Replies(processor, told))
+    cached = dict(use_cache=str(tmp_path), log_samples=True, task_manager=clones)
+    found = simple_evaluate(adapter, tasks=["seedbench_ppl_local"], **cached)
+    scores = found["results"]["seedbench_ppl_local"]
+    assert scores["acc,none"] == scores["acc_norm,none"] == (0.75 if wrong else 1)
+    assert len(adapter.engine.prompts) == 16 and adapter.engine.prompts[12].count("#") == 3
+    assert "#\nHow many are there, 0? Answer : ASSISTANT: cat" in adapter.engine.prompts[0]
+    last = found["samples"]["seedbench_ppl_local"][3]["filtered_resps"]
+    expected = [len(option) / (8 if option == told["there, 3?"] else 1) for option in OPTIONS]
+    assert [tuple(each) for each in last] == [(value, value < 3) for value in expected]
+
+
 # ---- a model ---------------------------------------------------------------------------------------------------------
 
 TOKENS = 12  # the longest answers of the random model
@@ -253,6 +284,27 @@ def test_answers_are_the_same_at_any_batch_size_and_as_without_lmms_eval(clones,
   assert [alone["pope_until", i] for i in range(6)] == [text.split(UNTIL)[0].strip() for text in whole]
   assert all(alone["pope_drawn", i] != text for i, text in enumerate(whole))
   assert len({alone["seedbench_local", i] for i in range(4)}) > 2
+
+
+def test_likelihoods_are_the_same_at_any_batch_size_and_as_without_lmms_eval(clones, tmp_path):
+  folder = replies.write_model(tmp_path / "model", vocab_size=512)
+
+  def values(batch_size):
+    adapter = Simple.create_from_arg_string(f"pretrained={folder},dtype=float32", {"batch_size": batch_size})
+    samples = simple_evaluate(adapter, tasks=["seedbench_ppl_local"], task_manager=clones, log_samples=True)["samples"]
+    return adapter.engine, np.array([each["filtered_resps"] for each in samples["seedbench_ppl_local"]])
+
+  _, alone = values(1)
+  engine, found = values(4)
+  np.testing.assert_allclose(found, alone, rtol=1e-5)  # float32 in other shapes
+  document = seedbench_ppl()[2][3]
+  asked = [Turn("human", "<image>\n" * 3 + f"{document['question']} Answer :")]
+  rows = [
+    answer_row(engine.processor.with_room(3), [*asked, Turn("gpt", option)], document["image"]) for option in OPTIONS
+  ]
+  expected = [-each.log_probability for each in engine.likelihoods(rows)]
+  np.testing.assert_allclose(found[3, :, 0], expected, rtol=1e-5)
+  assert len(set(np.round(found[:, :, 0].ravel(), 3))) == 16 and (found[:, :, 0] > 0).all()
 
 
 # ---- the adapter itself ----------------------------------------------------------------------------------------------
@@ -317,8 +369,19 @@ def test_a_document_that_cannot_be_asked_is_named(processor):
   request = instance("generate_until", "What happens?", {}, lambda film: [film], 0, "films", "test", name="films")
   with pytest.raises(ValueError, match="films, split test, document 0: image film.mp4"):
     adapter.generate_until([request])
-  with pytest.raises(NotImplementedError, match="films ranks given answers"):
-    adapter.loglikelihood([request])
+  weighed = instance("loglikelihood", "Who?", " he", lambda film: [film], 0, "films", "test", name="films")
+  with pytest.raises(ValueError, match="films, split test, document 0: image film.mp4"):
+    adapter.loglikelihood([weighed])
+
+
+def test_answers_that_no_others_stand_beside_keep_their_log_probability(processor):
+  """Of an output_type loglikelihood, whose perplexity lmms-eval makes of it; options are given as losses."""
+  adapter = Simple(replies.Replies(processor, {"Who": "he"}))
+  adapter.task_dict = {"task": {"test": [{"answer": " he"}]}}
+  args = lambda answer: ("Who?", answer, lambda document: [], 0, "task", "test")
+  asked = [instance("loglikelihood", *args(answer)) for answer in (lambda document: document["answer"], " he", "she")]
+  found = [each.text for each in adapter.loglikelihood(asked)]
+  assert found == [(-0.25, True), (0.25, True), (3.0, False)]
 
 
 @pytest.mark.parametrize("axes, shape", [("", None), (",fsdp=2,tensor=4", (1, 2, 4))])

@@ -17,7 +17,7 @@ class FakeEngine:
     self.steps = self.tickets = 0
     self.queue: dict[int, Request] = {}
     self.rows_used: dict[int, list] = {}  # ticket -> [request, words that are left, words that were said]
-    self.cancelled = []
+    self.cancelled, self.warmed = [], []
 
   @property
   def waiting(self):
@@ -29,6 +29,7 @@ class FakeEngine:
 
   def warm_up(self):
     time.sleep(self.warming)
+    return [lambda number=number: self.warmed.append(number) for number in range(3)]
 
   def submit(self, request):
     if request.prompt_tokens + request.max_new_tokens > self.max_length:

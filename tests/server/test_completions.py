@@ -204,11 +204,14 @@ def test_the_key(processor):
 
 
 def test_warming_up(processor):
-  with running(processor, FakeEngine(warming=0.4)) as url:
+  engine = FakeEngine(warming=0.4)
+  with running(processor, engine) as url:
     response = httpx2.get(f"{url}/health")
     assert (response.status_code, response.json()) == (503, {"status": "warming up"})
     assert content(ask(url, question())) == expected(processor, question())
     assert httpx2.get(f"{url}/health").status_code == 200
+    wait_for(lambda: engine.warmed == [0, 1, 2])  # while nobody asked
+    assert content(ask(url, question())) == expected(processor, question())
 
 
 def test_a_broken_engine_is_told_and_ends_the_server(processor):

@@ -80,7 +80,7 @@ def real(processor):
 
 def test_the_engines_own_answers(real):
   engine, processor = real
-  engine.warm_up = lambda: None  # it would compile more than is used here
+  engine.warm_up = lambda: []  # it would compile more than is used here
   with running(processor, engine) as url:
     asked = list(bodies())[:6]
     answers = [alone(engine, processor, url.front.limits, body) for body in asked]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -315,3 +316,15 @@ def test_what_the_released_code_would_not_load_is_refused(tokenizer_folders, tmp
     official(tmp_path, source, vision="")
   with pytest.raises(ConfigError, match="int8"):
     official(tmp_path, source, dtype="int8")
+
+
+def test_exports_name_every_token_that_ends_answers(tokenizer_folders, tmp_path):
+  source = shutil.copytree(tokenizer_folders["spm_new"], tmp_path / "source")
+  (source / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+  official(tmp_path / "llava-sp", source)
+  side_files.write_hf(
+    tmp_path / "hf", VICUNA, source, "vicuna_v1", side_files.hf_vocabulary(source, VICUNA.decoder), "float32"
+  )
+  for folder in ("llava-sp", "hf"):
+    assert read(tmp_path / folder / "generation_config.json")["eos_token_id"] == [2, 7]
+    assert chat.load_tokenizer(str(tmp_path / folder)).end_ids == {2, 7}

@@ -65,7 +65,7 @@ def write_hf(
   folder.mkdir(parents=True, exist_ok=True)
 
   ids = {"bos_token_id": theirs.bos_token_id, "eos_token_id": ours.eos_id, "pad_token_id": vocabulary.pad_token_id}
-  ends = sorted({ours.eos_id, chat.end_id(template, ours)})
+  ends = sorted({*ours.end_ids, chat.end_id(template, ours)})
   tokenizer_files.write(folder, source, theirs, content)
   write_json(folder / "config.json", config(model, tower, vocabulary, ids, dtype))
   ending = {"eos_token_id": ends if len(ends) > 1 else ends[0], "transformers_version": TRANSFORMERS_VERSION}

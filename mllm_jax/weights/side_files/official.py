@@ -92,7 +92,9 @@ def write_official(
   ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
   content = config(model, vision_source, dtype) | ids
   write_json(folder / "config.json", {"_name_or_path": base_model} | content)
-  write_json(folder / "generation_config.json", ids | {"transformers_version": TRANSFORMERS_VERSION})
+  ends = sorted(tokenizer.end_ids)
+  ending = {"eos_token_id": ends if len(ends) > 1 else ends[0], "transformers_version": TRANSFORMERS_VERSION}
+  write_json(folder / "generation_config.json", ids | ending)
   for name in TOKENIZER_FILES:
     if (source / name).is_file():
       shutil.copyfile(source / name, folder / name)
