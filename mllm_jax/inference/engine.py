@@ -20,15 +20,11 @@ from mllm_jax.inference.requests import Answer, Event, Request
 from mllm_jax.inference.running import Running
 from mllm_jax.inference.sampling import Draws
 from mllm_jax.inference.settings import GREEDY
+from mllm_jax.inference.sizes import GROUPS, Sizes, bucket
 from mllm_jax.models import lora
 from mllm_jax.models.mllm import Mllm
 
 NOT_YET = -1  # in place of a token that the host has not seen
-GROUPS = (1, 4, 16)  # how many prompts are read, or crops looked at, together
-# Places that a prompt is read in, of which few of a long one may be padding, and places of the cache.
-PROMPT_PLACES = (16, 32, 64, 128, 256, 384, *(2**i * half // 2 for i in range(9, 30) for half in (2, 3)))
-FEW_PROMPT_PLACES = tuple(2**i * half // 2 for i in range(7, 30) for half in ((2, 3) if i > 8 else (2,)))
-CACHE_PLACES = tuple(2**i for i in range(5, 31))
 
 
 class _Step(NamedTuple):
@@ -79,15 +75,7 @@ class Engine:
     self._likelihoods = likelihood.program_for(parameters.flatten(model)[0], self.mesh)
     self._empty = self._programs.empty()
     self._cache, self._size = self._empty, (self._shards, 0)
-    # Rows that lie on several devices stay there.
-    growing = [4**i for i in range(8 if max_length is None else 1) if 4**i < self.rows and self._shards == 1]
-    self._row_sizes = [*growing, self.rows]
-    self._prompt_sizes, self._cache_sizes = PROMPT_PLACES, CACHE_PLACES
-    if max_length is not None:
-      longest = _bucket(max_length, CACHE_PLACES)
-      self._cache_sizes = (longest // 2, longest)
-      self._prompt_sizes = [size for size in FEW_PROMPT_PLACES if size < max_length] + [longest]
-    self._groups = GROUPS
+    self._sizes = Sizes(self.rows, self._shards, max_length)
     self._features = FeatureCache()
     self._crops, self._blank = 0, None  # crops that every prompt has at least, and what stands for one that it has not
     self._tickets = itertools.count()
@@ -181,10 +169,10 @@ class Engine:
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))  # of like length, side by side
     found: dict[int, likelihood.Likelihood] = {}
     for start in range(0, len(order), self.rows):
-      for part, count in self._grouped(order[start : start + self.rows]):
+      for part, count in self._sizes.grouped(order[start : start + self.rows]):
         group = [rows[i] for i in part]
         with self._on_mesh():
-          made = likelihood.arrays(group, count, _bucket(len(group[0].tokens), self._prompt_sizes))
+          made = likelihood.arrays(group, count, bucket(len(group[0].tokens), self._sizes.prompts))
           results = self._likelihoods(self._flat, *self._programs.on_devices(made), self._look(group, count))
         tokens = [int((row.loss_weights > 0).sum()) for row in group]
         sums, greedy = (x.tolist() for x in jax.device_get(results))
@@ -218,32 +206,23 @@ class Engine:
       return []
     self._fit()
     admitted.sort(key=lambda running: running.request.prompt_tokens)
-    return [event for group, size in self._grouped(admitted) for event in self._read(group, size)]
+    return [event for group, size in self._sizes.grouped(admitted) for event in self._read(group, size)]
 
   def _fit(self) -> None:
     """Makes the cache as large as what runs needs, or smaller where it is twice that."""
     rows = max(slot for running in self._running.values() for slot in running.slots) + 1
     requests = [running.request for running in self._running.values()]
     places = max(
-      max(_bucket(each.prompt_tokens, self._prompt_sizes), each.prompt_tokens + each.max_new_tokens)
+      max(bucket(each.prompt_tokens, self._sizes.prompts), each.prompt_tokens + each.max_new_tokens)
       for each in requests
     )
-    needed = _bucket(rows, self._row_sizes), _bucket(places, self._cache_sizes)
-    size = tuple(need if need > got or 2 * need <= got else got for need, got in zip(needed, self._size))
+    size = self._sizes.of_cache(rows, places, self._size)
     if size != self._size:
       self._cache, self._size = self._programs.resize(self._cache, *size), size
 
-  def _grouped(self, items: Sequence) -> Iterator[tuple[Sequence, int]]:
-    """(some of the items, rows to work on them in): in few sizes, of which at most a quarter or `shards` is padding."""
-    while items:
-      sizes = [size * self._shards for size in self._groups]
-      size = next((size for size in reversed(sizes) if 4 * len(items) >= 3 * size), sizes[0])
-      yield items[:size], size
-      items = items[size:]
-
   def _read(self, group: Sequence[Running], count: int) -> list[Event]:
     """Reads the prompts of a group, in `count` rows of one shape, and takes their first tokens."""
-    places = _bucket(max(running.request.prompt_tokens for running in group), self._prompt_sizes)
+    places = bucket(max(running.request.prompt_tokens for running in group), self._sizes.prompts)
     rows = [_trimmed(running.request.row, running.request.prompt_tokens, places) for running in group]
     rows += rows[-1:] * (count - len(rows))
     prompts = np.stack([[row.tokens, row.visual_index, row.segment_ids] for row in rows], axis=1).astype(np.int32)
@@ -268,7 +247,7 @@ class Engine:
         known[digest] = self._features.get(digest)
         if known[digest] is None:
           new[digest] = row.patches[k], row.grids[k]
-    for part, size in self._grouped(list(new.items())):
+    for part, size in self._sizes.grouped(list(new.items())):
       filled = part + part[-1:] * (size - len(part))
       arrays = self._programs.on_devices(tuple(np.stack(x) for x in zip(*(crop for _, crop in filled))))
       for (digest, _), tokens in zip(part, self._programs.encode(self._flat, *arrays)):
@@ -374,16 +353,16 @@ class Engine:
     sizes = [size for size in GROUPS if size == 1 or size * self._shards * 3 <= 4 * self.rows]
     # One number of crops for all prompts, so that there is one program and not one for each.
     self._crops = 1 << (self.processor.aspect.most_crops - 1).bit_length()
-    for places in self._prompt_sizes:
+    for places in self._sizes.prompts:
       self._warm_up_reading(sizes[:1], places)
     programs, put = self._programs, self._programs.on_devices
     with self._on_mesh():
-      for rows, places in itertools.product(self._row_sizes, self._cache_sizes):
+      for rows, places in itertools.product(self._sizes.rows, self._sizes.cache):
         cache, last = programs.resize(self._empty, rows, places), put(np.zeros((rows, 2), np.int32))
         draws, known = put(Draws.of([(GREEDY, 0, 0)] * rows)), programs.unknown(rows)
         programs.decode(self._decoding, last, draws, known, cache, candidates=0, count=programs.at_once)
     groups = [sizes[:count] for count in range(2, len(sizes) + 1)]
-    return [functools.partial(self._warm_up_reading, *each) for each in itertools.product(groups, self._prompt_sizes)]
+    return [functools.partial(self._warm_up_reading, *each) for each in itertools.product(groups, self._sizes.prompts)]
 
   def _warm_up_reading(self, groups: Sequence[int], places: int) -> None:
     """Compiles what reads as many prompts as the last of `groups` says, of so many places. These become the sizes of
@@ -397,19 +376,14 @@ class Engine:
       self._blank = programs.encode(self._flat, *put(crops))[0]
       features = (self._blank,) * (self._crops * count)
       _, _, read = programs.prefill(self._flat, put(prompts.astype(np.int32)), features, put(draws), candidates=0)
-      for rows, size in itertools.product(self._row_sizes, self._cache_sizes):
+      for rows, size in itertools.product(self._sizes.rows, self._sizes.cache):
         if size >= places and 4 * rows >= 3 * count:
           programs.write(programs.resize(self._empty, rows, size), read, put(slots))
-    if places == self._prompt_sizes[-1]:
-      self._groups = groups
+    if places == self._sizes.prompts[-1]:
+      self._sizes.groups = groups
 
   def _on_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-def _bucket(count: int, sizes: Sequence[int]) -> int:
-  """The first size that holds `count`."""
-  return next(size for size in sizes if size >= count)
 
 
 def _trimmed(row: Row, length: int, places: int) -> Row:

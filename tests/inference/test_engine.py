@@ -273,10 +273,10 @@ def test_compiles_once_and_nothing_after_warm_up(tiny, requests, alone):
   assert engine.answer(requests) == alone
   assert engine.answer(requests[::-1]) == alone[::-1]
   assert count() == before
-  assert engine._groups == [1]
+  assert engine._sizes.groups == [1]
   for each in later:
     each()
-  assert engine._groups == [1, 4]
+  assert engine._sizes.groups == [1, 4]
   before = count()
   assert engine.answer(requests) == alone
   assert count() == before
