@@ -98,7 +98,15 @@ class ChatTokenizer:
 
   def __reduce__(self):
     # The library's own pickling forgets that special tokens are to stay text.
-    fields = (self.bos_id, self.eos_id, self.pad_id, self.vocab_size, self.named, self.chat_template, self.end_ids)
+    fields = (
+      self.bos_id,
+      self.eos_id,
+      self.pad_id,
+      self.vocab_size,
+      self.named,
+      self.chat_template,
+      tuple(sorted(self.end_ids)),
+    )
     return ChatTokenizer, (self._json, *fields)
 
   def token_id(self, content: str) -> int:
