@@ -44,7 +44,7 @@ def start(seconds: int = CONNECT_SECONDS) -> None:
   """Joins the processes of the run, before jax is used for anything else. Does nothing where there is only this one.
 
   Raises ConfigError where the variables do not fit each other or process 0 cannot listen. Where the others are not
-  there within `seconds` the process says so and ends with status 2.
+  there within `seconds` the process says so and ends with status 1: they may only be late.
   """
   found = variables(os.environ) or slurm(os.environ)
   import jax  # says in the environment whether this is a TPU's host
@@ -116,7 +116,7 @@ def _give_up(who: str, seconds: int) -> None:
     file=sys.stderr,
     flush=True,
   )
-  os._exit(2)
+  os._exit(1)
 
 
 # ---- deciding the same -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from mllm_jax import build, distributed, flops, parameters, sharding
 from mllm_jax.config import Config, ConfigError, ModelConfig, ModelRecipe, VdimStage, VisionConfig, to_dict
@@ -94,7 +95,7 @@ def train_vdim(run: StageRun) -> None:
   run.begin(batches, "images", f"{stage.batch_size}")
   state = run.train(train_step, state, frozen, batches, lambda batch: step_flops)
   save_weights(run, int(state.step), identity)
-  if (start or 0) < batches.steps and jax.process_count() == 1:
+  if (start or 0) < batches.steps:
     any_aspect = parameters.flatten(nnx.eval_shape(lambda: make(nnx.Rngs(0), any_aspect=True)))[0]
     both = {"untrained": fresh(make, targets, config.seed), "trained": state.trainable}
     report_errors(run, any_aspect, some_patches(records, vision), frozen, both, int(state.step))
@@ -102,7 +103,8 @@ def train_vdim(run: StageRun) -> None:
 
 def report_errors(run: StageRun, graphdef, patches: np.ndarray, frozen: dict, both: dict[str, dict], step: int) -> None:
   """Logs and says how far VDIM, untrained and trained, and bilinear upsampling are from the tower (see `compare`)."""
-  errors = compare(graphdef, run.stage, patches, {name: {**frozen, **flat} for name, flat in both.items()})
+  flats = {name: {**frozen, **flat} for name, flat in both.items()}
+  errors = compare(graphdef, run.stage, patches, flats, run.mesh)
   run.log.write({"stage": NAME, "step": step, **errors})
   for name in (name.removeprefix("error/trained_") for name in errors if name.startswith("error/trained_")):
     say(
@@ -187,8 +189,6 @@ def gathered(array: jax.Array) -> np.ndarray:
   """An array that several processes share, on each host."""
   if array.is_fully_addressable:
     return np.asarray(array)
-  from jax.experimental import multihost_utils
-
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
@@ -204,28 +204,31 @@ def placed_vdim(path: Path, recipe: ModelRecipe, shapes: Mapping, rates: Mapping
 
 
 def some_patches(records, vision: VisionConfig) -> np.ndarray:
-  """uint8 [N, P, 3 p p]: pictures at even distances through the data, as far as they can be read."""
-  found = []
+  """uint8 [N, P, 3 p p]: pictures at even distances through the data, as far as process 0 can read them."""
+  found = np.zeros((COMPARED, vision.grid**2, vision.patch_values), np.uint8)
+  count = 0
   for i in np.linspace(0, len(records) - 1, min(COMPARED, len(records))).astype(int).tolist():
     try:
       image = load(records[i].images[0])
-      found.append(patchify(centre_square(image, vision.image_size), vision.patch_size))
+      found[count] = patchify(centre_square(image, vision.image_size), vision.patch_size)
+      count += 1
     except (DataError, IndexError):
       continue
-  return np.stack(found)
+  found, count = multihost_utils.broadcast_one_to_all((found, np.int32(count)))
+  return found[:count]
 
 
 def compare(
-  graphdef, stage: VdimStage, patches: np.ndarray, flats: Mapping[str, dict[str, jax.Array]]
+  graphdef, stage: VdimStage, patches: np.ndarray, flats: Mapping[str, dict[str, jax.Array]], mesh
 ) -> dict[str, float]:
   """How far maps are from the tower's features of enlarged pictures, by who made them and level: VDIM with each of the
   `flats`, or bilinear upsampling. It is the mean square of the difference over that of the wanted features from their
   mean over the picture. Towers are not made for enlarged pictures, so no upsampling comes near to 0.
 
-  graphdef: with a tower for any aspect. patches: uint8 [N, P, 3 p p].
+  graphdef: with a tower for any aspect. patches: uint8 [N, P, 3 p p], the same in all processes. mesh: where the flats
+  lie.
   """
 
-  @jax.jit
   def errors(flat, patches):
     model = parameters.unflatten(graphdef, flat)
     n, side = model.vision.config.grid, model.vision.config.patch_size
@@ -247,9 +250,10 @@ def compare(
         found[name, level] = jnp.square(given.astype(jnp.float32) - wanted).mean() / scale
     return {f"{name}_{2**level}x": value for (name, level), value in found.items()}
 
+  measure = jax.jit(errors, out_shardings=sharding.replicated(mesh))
   result = {}
   for name, flat in flats.items():
-    rows = [jax.device_get(errors(flat, each)) for each in patches]
+    rows = [jax.device_get(measure(flat, each)) for each in patches]
     for key in rows[0]:
       who, level = key.split("_")
       result[f"error/{who or name}_{level}"] = float(np.mean([row[key] for row in rows]))

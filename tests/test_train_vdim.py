@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from processes import xla_flags
+from processes import environment, free_port, xla_flags
 from safetensors.numpy import load_file, save_file
 
 from mllm_jax import build, parameters, preflight, recipes, sharding, train, train_vdim
@@ -60,11 +60,16 @@ def folder(tmp_path_factory) -> Path:
   return path
 
 
-def start(folder: Path, workdir: Path, *options: str) -> subprocess.Popen:
-  environment = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+def start(folder: Path, workdir: Path, *options: str, variables: dict[str, str] | None = None) -> subprocess.Popen:
+  alone = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "mllm_jax.train", f"--config={folder / 'recipe.py'}", f"--workdir={workdir}"]
   return subprocess.Popen(
-    command + list(options), env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    command + list(options),
+    env=variables or alone,
+    cwd=REPOSITORY,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
 
 
@@ -126,6 +131,21 @@ def test_a_run_that_was_killed_ends_with_the_same_parameters(folder, finished):
   found, expected = (load_file(vdim_file.in_run(each)) for each in (workdir, finished[0]))
   for name, array in expected.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.long
+def test_two_processes_find_the_same_errors(folder):
+  options = ("--config.vdim.batch_size=8", "--config.vdim.steps=2")
+  port, double = free_port(), folder / "double"
+  runs = [start(folder, folder / "single", *options)]
+  runs += [start(folder, double, *options, "--config.mesh.data=2", variables=environment(i, port)) for i in range(2)]
+  texts = [process.communicate(timeout=300) for process in runs]
+  assert [process.returncode for process in runs] == [0, 0, 0], texts
+  found, wanted = (rows(path)[-1] for path in (double, folder / "single"))
+  errors = [key for key in wanted if key.startswith("error/")]
+  assert len(errors) == 3
+  # Two steps of the optimizer from sums in another order.
+  np.testing.assert_allclose([found[key] for key in errors], [wanted[key] for key in errors], rtol=1e-3)
 
 
 def test_all_three_stages_and_the_finished_model_have_the_same_vdim(folder, finished):

@@ -149,7 +149,9 @@ class _Program:
     if 'custom_call_target="tpu_custom_call"' in x.rest:
       products = [count for part, count in SPLASH_PRODUCTS.items() if x.name.startswith("splash_") and part in x.name]
       if products:
-        total["flops"] += products[0] * splash_product_flops(x)
+        # With a fifth product "dkv" gives the queries' gradient too: [B, blocks of keys, H, S, N], not added up yet.
+        fused = any(shape.count(",") == 4 for _, shape, _ in SHAPE.findall(x.type))
+        total["flops"] += (products[0] + fused) * splash_product_flops(x)
       else:
         total[re.sub(r"[.\d]+$", "", x.name)] += 1
 

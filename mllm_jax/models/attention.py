@@ -236,10 +236,11 @@ def _splash_on_one(queries, keys, values, query_segments, key_segments, *, is_ca
     mask = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
   else:
     mask = masks.CausalMask(shape) if is_causal else masks.FullMask(shape)
-  sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+  sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
   kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([mask] * heads),
-    block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in sizes}),
+    # One kernel gives all three gradients, in five products of queries x keys; two kernels would need seven.
+    block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in sizes}, use_fused_bwd_kernel=True),
     head_shards=1,
     q_seq_shards=1,
     residual_checkpoint_name=SAVED_NAME,

@@ -132,6 +132,10 @@ def test_a_program_of_the_tpu_compiler():
   assert cost.flops == 32 * 2 * 2 * 2 * 2048 * 2048 * 64 * 10 / 16
   assert cost.custom == {}
   assert hlo.read(TPU.replace("splash_", "other_")).custom == {"other_mha_fwd_segmented_residuals": 32}
+  # Backward: four products for keys and values, a fifth where the kernel gives the gradient of queries too, by blocks.
+  backward = TPU.replace("_fwd_segmented_residuals", "_dkv_segmented_no_residuals")
+  assert hlo.read(backward).flops == 2 * cost.flops
+  assert hlo.read(backward.replace("(f32[1], ", "(bf16[1,4,2,2048,64]{4,3,2,1,0}, ")).flops == 2.5 * cost.flops
 
 
 def test_the_slowest_rate_bounds_the_step():

@@ -95,6 +95,22 @@ def test_splash_equals_xla(blocks, length, mesh, monkeypatch):
       np.testing.assert_allclose(found, other, atol=5e-6)
 
 
+def test_gradients_of_splash_in_16_bits(monkeypatch):
+  """The queries' gradient is a sum over blocks of keys, here four, each rounded to bfloat16: its last place is 2^-8."""
+  monkeypatch.setattr(attention, "SPLASH_BLOCKS", (128,))
+  monkeypatch.setattr(attention, "SPLASH_WHOLE", 0)
+  segments = segments_of([512])
+  arrays = [x.astype(jnp.bfloat16) for x in draw(1, 512)]
+
+  def run(implementation, dtype):
+    call = lambda *y: attention.causal(*y, segments, implementation=implementation)
+    return jax.jit(lambda *x: both(call, x[:3], x[3]))(*(x.astype(dtype) for x in arrays))
+
+  for found, wanted in zip(run("splash", jnp.bfloat16), run("xla", jnp.float32)):
+    error = np.asarray(found, np.float32) - wanted
+    assert np.sqrt(np.square(error).mean() / np.square(wanted).mean()) < 2**-8
+
+
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
 def test_no_sample_sees_another_and_padding_stays_finite(implementation):
   segments = segments_of([50, 40], [0, 130], [])
