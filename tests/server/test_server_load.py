@@ -13,6 +13,7 @@ from fake_engine import FakeEngine
 from serving import data_uri, expected, picture, question, running
 
 from mllm_jax.server import chat_request, prompts
+from mllm_jax.server.limits import Limits
 
 
 async def load(url, asked, clients, seconds=0.0, least=2):
@@ -55,11 +56,11 @@ def bodies():
     yield question("what is it " * (1 + number % 5), pictures, max_tokens=2 + number % 7, **drawn)
 
 
-def alone(engine, processor, limits, body):
+def alone(engine, processor, body):
   """What the engine answers where nobody else asks."""
   chat = chat_request.parse(body, "tiny")
   contents = [base64.b64decode(each.url.partition(",")[2]) for each in chat.pictures]
-  return engine.answer(prompts.requests(processor, chat, contents, limits))[0].text
+  return engine.answer(prompts.requests(processor, chat, contents, Limits(engine.rows, engine.max_length)))[0].text
 
 
 def test_sixty_four_clients(processor):
@@ -78,13 +79,13 @@ def real(processor):
   return real_engine.make(processor.tokenizer, rows=4, max_length=256)
 
 
-def test_the_engines_own_answers(real):
+def test_the_engines_own_answers(real, monkeypatch):
   engine, processor = real
-  engine.warm_up = lambda: []  # it would compile more than is used here
+  monkeypatch.setattr(engine, "warm_up", lambda: [])  # it would compile more than is used here
+  asked = list(bodies())[:6]
+  answers = [alone(engine, processor, body) for body in asked]
+  assert len(set(answers)) > 3
   with running(processor, engine) as url:
-    asked = list(bodies())[:6]
-    answers = [alone(engine, processor, url.front.limits, body) for body in asked]
-    assert len(set(answers)) > 3
     right, wrong, _, _ = asyncio.run(load(url, list(zip(asked, answers)), clients=8))
   assert wrong == [] and len(right) == 16
 
@@ -92,9 +93,9 @@ def test_the_engines_own_answers(real):
 @pytest.mark.long
 def test_sixty_four_clients_for_two_minutes(real, capsys):
   engine, processor = real
+  asked = list(bodies())
+  asked = list(zip(asked, [alone(engine, processor, body) for body in asked]))
   with running(processor, engine) as url:
-    asked = list(bodies())
-    asked = list(zip(asked, [alone(engine, processor, url.front.limits, body) for body in asked]))
     asyncio.run(load(url, asked, clients=64, seconds=20))  # what is compiled late, and buffers that grow once
     right, wrong, first, (before, after) = asyncio.run(load(url, asked, clients=64, seconds=120))
   with capsys.disabled():
