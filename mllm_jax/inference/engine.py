@@ -124,7 +124,7 @@ class Engine:
 
   def step(self) -> list[Event]:
     """Reads in waiting requests as far as rows are free, which gives them their first token; where none could be, gives
-    all running ones a token. What became of each."""
+    all running ones a token, or a few (see `Programs.at_once`). What became of each."""
     with self._on_mesh():
       return self._admit() or self._decode()
 
@@ -262,7 +262,7 @@ class Engine:
     return tuple(itertools.chain(*padded, [any_tokens] * (most * (count - len(rows)))))
 
   def _decode(self) -> list[Event]:
-    """One more token of every running request but those admitted since the step under way was begun.
+    """The next tokens of every running request but those admitted since the step under way was begun.
 
     The next step is begun before this one's tokens are looked at: it takes them where they were computed, so that no
     device waits for the host. What it computes for a request that they end is not used. A beam search chooses between
@@ -285,7 +285,7 @@ class Engine:
     """
     rows = self._size[0]
     pending = {each.ticket for each in before.running} if before is not None else set()
-    last = np.zeros((rows, 2), np.int32)  # a free row writes into its first place, which a prompt will overwrite
+    last = np.zeros((rows, 2), np.int32)  # a free row writes into its first places, which a prompt will overwrite
     settings = [(GREEDY, 0, 0)] * rows
     running = []
     for each in self._running.values():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.config import ConfigError, DecoderConfig
+from mllm_jax.config import ConfigError, DecoderConfig, VisionConfig
 from mllm_jax.weights.llama import LLAMA3_ROPE
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -65,3 +65,18 @@ def rope(decoder: DecoderConfig) -> dict[str, Any]:
   if decoder.rope_factor == 1:
     return {"rope_type": "default"}
   return {"rope_type": "llama3"} | {name: getattr(decoder, field) for name, field in LLAMA3_ROPE.items()}
+
+
+def tower_sizes(vision: VisionConfig) -> dict[str, Any]:
+  """A tower's fields of config.json that all kinds of towers have."""
+  return {
+    "image_size": vision.image_size,
+    "patch_size": vision.patch_size,
+    "num_channels": 3,
+    "hidden_size": vision.width,
+    "intermediate_size": vision.mlp_width,
+    "num_hidden_layers": vision.layers_used,
+    "num_attention_heads": vision.heads,
+    "hidden_act": vision.activation,
+    "layer_norm_eps": vision.norm_eps,
+  }

@@ -11,7 +11,14 @@ from mllm_jax.config import ConfigError, ModelConfig, VisionConfig
 from mllm_jax.data import chat
 from mllm_jax.weights.side_files import chat_template
 from mllm_jax.weights.side_files import tokenizer as tokenizer_files
-from mllm_jax.weights.side_files.files import TRANSFORMERS_VERSION, check_dtype, rope, text_config, write_json
+from mllm_jax.weights.side_files.files import (
+  TRANSFORMERS_VERSION,
+  check_dtype,
+  rope,
+  text_config,
+  tower_sizes,
+  write_json,
+)
 from mllm_jax.weights.side_files.tokenizer import IMAGE_TOKEN, HfVocabulary
 
 POST_NORM = "vision_tower.vision_model.post_layernorm"
@@ -140,19 +147,7 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
       f"vision.class_token={vision.class_token}, patch_bias={vision.patch_bias} and pre_norm={vision.pre_norm} are "
       "together neither CLIP's nor SigLIP's, and transformers has no tower for them"
     )
-  content = {
-    "model_type": family,
-    "image_size": vision.image_size,
-    "patch_size": vision.patch_size,
-    "num_channels": 3,
-    "hidden_size": vision.width,
-    "intermediate_size": vision.mlp_width,
-    "num_hidden_layers": vision.layers_used,
-    "num_attention_heads": vision.heads,
-    "hidden_act": vision.activation,
-    "layer_norm_eps": vision.norm_eps,
-    "attention_dropout": 0.0,
-  }
+  content = {"model_type": family, **tower_sizes(vision), "attention_dropout": 0.0}
   # Without its head for pooling SigLIP needs no weights for it.
   return content | ({"projection_dim": vision.width} if vision.class_token else {"vision_use_head": False})
 

@@ -8,7 +8,7 @@ from typing import Any
 from mllm_jax.config import ConfigError, ModelConfig
 from mllm_jax.data import chat, dynamic_tiles
 from mllm_jax.weights import internvit, internvl
-from mllm_jax.weights.side_files.files import check_dtype, text_config, write_json
+from mllm_jax.weights.side_files.files import check_dtype, text_config, tower_sizes, write_json
 
 LLM_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # that its code has
 CODE = "OpenGVLab/InternVL2-1B"
@@ -118,15 +118,7 @@ def config(model: ModelConfig, images: Mapping[str, Any], dtype: str) -> dict[st
     "vision_config": {
       "model_type": internvit.TOWER,
       "architectures": ["InternVisionModel"],
-      "image_size": vision.image_size,
-      "patch_size": vision.patch_size,
-      "num_channels": 3,
-      "hidden_size": vision.width,
-      "intermediate_size": vision.mlp_width,
-      "num_hidden_layers": vision.layers_used,
-      "num_attention_heads": vision.heads,
-      "hidden_act": vision.activation,
-      "layer_norm_eps": vision.norm_eps,
+      **tower_sizes(vision),
       **internvit.COMPUTED,
       "torch_dtype": dtype,
     },
