@@ -97,7 +97,8 @@ def plan(suite: str, seeds: int, workdir: Path) -> list[Run]:
         key += f"{config.model.vision} {config.model.dtype} {max(config.model.projector.levels)}"
         if key not in shared:
           number = sum(run.seed == seed for run in shared.values())
-          name = "vdim" + (f"-{number + 1}" if number else "")
+          # No row's folder has an underscore; one called VDIM would else be trained into the shared stage's.
+          name = "stage_vdim" + (f"_{number + 1}" if number else "")
           alone = dataclasses.replace(config, stages="vdim")
           folder = workdir / name / f"seed-{seed}"
           shared[key] = Run(name, seed, folder, (*options, "--config.stages=vdim"), alone)

@@ -136,12 +136,12 @@ def test_a_failure_is_named_and_the_rest_goes_on(folder, capsys):
 def test_rows_share_a_vdim(folder):
   assert run(folder, suite="vdims") == 0
   commands = [json.loads(line) for line in (folder / "commands.jsonl").read_text().splitlines()]
-  seconds = ["second-last/seed-{}", "vdim/seed-{}", "with-vdim/seed-{}", "with-the-same/seed-{}"]
+  seconds = ["second-last/seed-{}", "stage_vdim/seed-{}", "with-vdim/seed-{}", "with-the-same/seed-{}"]
   assert trained(folder) == [name.format(seed) for seed in (0, 1) for name in seconds]
   of = {command[-1].rpartition("/out/")[2]: command for command in commands if "--workdir" in command[-1]}
-  assert "--config.stages=vdim" in of["vdim/seed-1"]
+  assert "--config.stages=vdim" in of["stage_vdim/seed-1"]
   for name in ("with-vdim", "with-the-same"):
-    path = (folder / "out" / "vdim" / "seed-1").resolve() / "vdim" / "vdim.safetensors"
+    path = (folder / "out" / "stage_vdim" / "seed-1").resolve() / "vdim" / "vdim.safetensors"
     assert of[f"{name}/seed-1"][-3:-1] == ["--config.stages=pretrain,finetune", f"--config.model.vdim_weights={path}"]
   assert not any(argument.startswith("--config.model.vdim") for argument in of["second-last/seed-0"])
   assert len(json.loads((folder / "out" / "table.json").read_text())["rows"]) == 3
@@ -150,7 +150,7 @@ def test_rows_share_a_vdim(folder):
 def test_without_its_vdim_a_row_is_not_trained(folder, capsys):
   behave(folder, vdim="fail")
   assert run(folder, "--only=With VDIM", suite="vdims") == 1
-  assert trained(folder) == ["vdim/seed-0", "vdim/seed-1"]
+  assert trained(folder) == ["vdim/seed-0", "stage_vdim/seed-1"]
   assert "With VDIM, seed 0 has no VDIM" in capsys.readouterr().out
 
 
@@ -213,7 +213,7 @@ def test_a_real_run_with_a_vdim(tmp_path, monkeypatch):
   assert row["questions"] == 1000 and 0 <= row["scores"]["eval/exact_match"]["mean"] <= 1
   # Of the recipe: 4 x 4 tokens of each of four slices and of the whole picture.
   assert row["visual_tokens"] == 80 and row["seconds_a_step"]["mean"] > 0
-  trained, taken = (tmp_path / name / "seed-0" / "vdim" / "vdim.safetensors" for name in ("vdim", "few-steps"))
+  trained, taken = (tmp_path / name / "seed-0" / "vdim" / "vdim.safetensors" for name in ("stage_vdim", "few-steps"))
   trained, taken = load_file(trained), load_file(taken)
   assert trained and trained.keys() == taken.keys()
   for name, array in trained.items():
