@@ -73,7 +73,10 @@ def ablate(suite: str, seeds: int, workdir: Path, only: Sequence[str], kinds: bo
   rows = plan_lib.rows_of(suite, only)
   every = plan_lib.plan(suite, seeds, workdir)
   runs = plan_lib.chosen(every, [row.label for row in rows])
-  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"--workdir={workdir}: {error.strerror}; name a folder that can be made") from error
   with open(workdir / ".lock", "w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

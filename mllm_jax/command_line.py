@@ -24,11 +24,12 @@ def plain_error(argv: list[str], error: Exception) -> str:
   text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
   if "Traceback" in text:
     text = text.strip().splitlines()[-1].partition(": ")[2]
-  found = re.search(r"Field (\w+) not found on dataclass <class '[\w.]*?(\w+)'>", text)
+  found = re.search(r"Field (?P<field>\w+) not found on dataclass <class '[\w.]*?(?P<of>\w+)'>", text)
+  found = found or re.search(r"Attribute <class '[\w.]*?(?P<of>\w+)'>\.(?P<field>\w+) does not exist", text)
   if found:
-    known = ", ".join(field.name for field in dataclasses.fields(getattr(config_lib, found[2])))
-    options = [argument for argument in argv if re.match(rf"--config[.\w]*\.{found[1]}\b", argument)]
-    return f"{options[0] if options else found[1]}: there is no field {found[1]!r}; {found[2]} has {known}"
+    field, known = found["field"], ", ".join(each.name for each in dataclasses.fields(getattr(config_lib, found["of"])))
+    options = [argument for argument in argv if re.match(rf"--config[.\w]*\.{field}\b", argument)]
+    return f"{options[0] if options else field}: there is no field {field!r}; {found['of']} has {known}"
   return text
 
 
@@ -40,6 +41,10 @@ def parse(argv: list[str]) -> tuple[Config, Path, str]:
   try:
     rest = values(argv)
   except (flags.Error, KeyError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
+    # With overrides behind it, a recipe that is not there is missed on their account only.
+    files = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    if files and not Path(files[0].partition(":")[0]).is_file():
+      raise ConfigError(f"--config={files[0]}: no such file; the recipes are in configs/") from error
     raise ConfigError(plain_error(argv, error)) from error
   if len(rest) > 1:
     raise ConfigError(

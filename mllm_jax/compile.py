@@ -51,6 +51,7 @@ def summarise(config: Config, args: argparse.Namespace) -> int:
 def run(config: Config, args: argparse.Namespace) -> int:
   topology = topologies.parse(args.topology, args.slices)
   names = preflight.stage_names(config)
+  preflight.check_run(config)
   if args.stage and args.stage not in names:
     raise ConfigError(f"--stage={args.stage} is none of the recipe's stages; it has {', '.join(names)}")
   from mllm_jax.compilation import report as report_lib
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> int:
     config, _, _ = parse(["compile", f"--config={args.config}", *rest])
     if not args.summary and not args.topology:
       raise ConfigError("--topology is missing: compile for which chips? Or --summary, which needs none (see --help)")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+      raise ConfigError(f"--out={args.out} must be a file in a folder that exists")
     if not args.summary:
       topologies.parse(args.topology, args.slices)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator that is here is not what is compiled for

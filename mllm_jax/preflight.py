@@ -2,11 +2,14 @@
 
 import dataclasses
 import glob
+import math
 import os
+import re
+import sys
 from pathlib import Path
 
 from mllm_jax import places
-from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig, VdimStage
+from mllm_jax.config import LORA_TARGETS, Config, ConfigError, DataConfig, LoraConfig, StageConfig, VdimStage
 from mllm_jax.data.batching import check_batching
 from mllm_jax.weights.known import lookup
 
@@ -40,6 +43,8 @@ VDIM_CHOICES = {
   "normalisation": ("imagenet", "clip"),
   "supervision": ("all", "last"),
 }
+DTYPES = ("bfloat16", "float32")
+BELOW_1 = math.nextafter(1.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,7 @@ def missing_files(config: Config) -> list[Missing]:
   ]
   for field, folder, kind in towers[:1] if names == ["vdim"] else towers:
     known = lookup(folder)
-    if not places.is_dir(folder):
+    if not folder or not places.is_dir(folder):
       found.append(Missing(field, folder, known.command(folder) if known else f"set {field} to {kind}"))
   if config.model.projector_weights and not places.exists(config.model.projector_weights):
     found.append(
@@ -161,6 +166,20 @@ def explain_missing(missing: list[Missing], config_file: str) -> str:
   return "\n".join(lines)
 
 
+def check_run(config: Config) -> None:
+  """Raises ConfigError where a number or a name that all stages share cannot work."""
+  for field in ("dtype", "frozen_dtype"):
+    if getattr(config.model, field) not in DTYPES:
+      raise ConfigError(f"model.{field}={getattr(config.model, field)!r} is unknown; known: {', '.join(DTYPES)}")
+  _check_ranges("evaluation.", config.evaluation, (("batch_size", 1, None), ("max_new_tokens", 1, None)))
+  _check_ranges("mesh.", config.mesh, (("cpu_devices", 0, None),))
+  widths = ("conv_width", "depth_multiplier", "query_grid", "head_width")
+  _check_ranges("model.projector.", config.model.projector, tuple((field, 1, None) for field in widths))
+  at_least_1 = ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite")
+  ranges = (("seed", 0, 2**32 - 1), ("loader_threads", 0, None), ("loader_workers", 0, None))
+  _check_ranges("", config, ranges + tuple((field, 1, None) for field in at_least_1))
+
+
 def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processes: int) -> None:
   """Raises ConfigError where a stage's numbers cannot work on a mesh whose batch axes have `shards` parts."""
   unit = stage.accumulation * shards
@@ -175,16 +194,16 @@ def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processe
       f"max_bad_share={stage.data.max_bad_share} between 0 and 1"
     )
   if isinstance(stage, VdimStage):
-    _check_ranges(name, stage, (("steps", 1, None), ("jitters", 1, None), ("projected", 0, None)))
-    _check_ranges(name, stage, (("crf_samples", 0, None), ("clip_norm", 0, None), ("clip_steps", 0, None)))
+    _check_ranges(f"{name}.", stage, (("steps", 1, None), ("jitters", 1, None), ("projected", 0, None)))
+    _check_ranges(f"{name}.", stage, (("crf_samples", 0, None), ("clip_norm", 0, None), ("clip_steps", 0, None)))
     for field, known in VDIM_CHOICES.items():
       if getattr(stage, field) not in known:
         raise ConfigError(f"{name}.{field}={getattr(stage, field)!r} is unknown; known: {', '.join(known)}")
-    if stage.learning_rate <= 0:
+    if not 0 < stage.learning_rate < math.inf:
       raise ConfigError(f"{name}.learning_rate={stage.learning_rate} must be above 0")
     return
   _check_ranges(
-    name,
+    f"{name}.",
     stage,
     (
       ("warmup_ratio", 0, 1),
@@ -192,8 +211,9 @@ def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processe
       ("clip_norm", 0, None),
       ("epochs", 0, None),
       ("steps", 0, None),
-      ("beta1", 0, 1),
-      ("beta2", 0, 1),
+      ("beta1", 0, BELOW_1),
+      ("beta2", 0, BELOW_1),
+      ("eps", 1e-30, None),
     ),
   )
   if stage.data.max_length < 2 or stage.data.max_images < 1:
@@ -205,15 +225,38 @@ def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processe
       f"max_slices={stage.data.max_slices}"
     )
   check_batching(stage.data, f"{name}.data")
-  if not any(rate for _, rate in stage.parameters):
-    raise ConfigError(f"{name}.parameters freezes everything: give some pattern a learning rate above 0")
+  _check_lora(f"{name}.lora", stage.lora)
+  _check_rates(f"{name}.parameters", stage.parameters)
 
 
-def _check_ranges(name: str, stage: StageConfig | VdimStage, ranges: tuple) -> None:
-  """Raises ConfigError where a field is not within its (field, least, largest or None)."""
+def _check_lora(name: str, lora: LoraConfig) -> None:
+  """Raises ConfigError for adapters that cannot be, or that no layer would get."""
+  _check_ranges(f"{name}.", lora, (("rank", 0, None), ("alpha", 0, None), ("dropout", 0, BELOW_1)))
+  unknown = [target for target in lora.targets if target not in LORA_TARGETS]
+  if lora.rank and (unknown or not lora.targets):
+    raise ConfigError(f"{name}.targets={lora.targets!r} must be some of {', '.join(LORA_TARGETS)}")
+
+
+def _check_rates(name: str, rows: tuple) -> None:
+  """Raises ConfigError where a stage's table is not of patterns and learning rates, or freezes everything."""
+  for row in rows:
+    try:
+      pattern, rate = row
+      re.compile(pattern)
+      good = isinstance(rate, int | float) and 0 <= rate < math.inf
+    except (TypeError, ValueError, re.error):
+      good = False
+    if not good:
+      raise ConfigError(f"{name} must be ((PATTERN, LEARNING RATE of 0 or more), ...), and {row!r} is one of its rows")
+  if not any(rate for _, rate in rows):
+    raise ConfigError(f"{name} freezes everything: give some pattern a learning rate above 0")
+
+
+def _check_ranges(name: str, part, ranges: tuple) -> None:
+  """Raises ConfigError where a field of `part` is not within its (field, least, largest or None). name: as the field's
+  begins."""
   for field, low, high in ranges:
-    value = getattr(stage, field)
-    if value < low or (high is not None and value > high):
-      raise ConfigError(
-        f"{name}.{field}={value} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}"
-      )
+    value = getattr(part, field)
+    if not low <= value <= (sys.float_info.max if high is None else high):  # which no NaN is
+      upto = f"at least {low} and below 1" if high == BELOW_1 else f"between {low} and {high}"
+      raise ConfigError(f"{name}{field}={value} must be {f'{low} or more' if high is None else upto}")

@@ -60,6 +60,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   for name in ("max_queue", "grace", "port"):
     if not getattr(args, name) >= 0:
       parser.error(f"--{name} is {getattr(args, name)}; it must not be below 0")
+  if args.port > 65535:  # getaddrinfo would take another one
+    parser.error(f"--port is {args.port}; it must be at most 65535")
   if args.max_length is not None and args.max_length < 2:
     parser.error(f"--max_length is {args.max_length}; it must hold a prompt and an answer")
   if "://" not in args.model and not os.path.isdir(args.model):

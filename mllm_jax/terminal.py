@@ -86,7 +86,8 @@ def load_picture(path: str, named: str = "--image "):
   try:
     return images.load(path)
   except DataError as error:
-    raise DataError(f"{named}{path}: cannot be read as a picture; save it again as PNG or JPEG") from error
+    why = f" ({error.__cause__})" if isinstance(error.__cause__, DataError) else ""
+    raise DataError(f"{named}{path}: cannot be read as a picture{why}; save it again as PNG or JPEG") from error
 
 
 def note(message: str) -> None:

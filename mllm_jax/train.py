@@ -10,6 +10,7 @@ and under Slurm's srun they find each other, elsewhere by JAX_COORDINATOR_ADDRES
 JAX_PROCESS_ID. Only process 0 prints and writes what is not a checkpoint's; a signal to one of them stops all.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,11 +18,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mllm_jax import distributed, preflight
 from mllm_jax.command_line import help_text, parse
-from mllm_jax.config import Config, ConfigError, StageConfig, to_dict
+from mllm_jax.config import Config, ConfigError, ModelConfig, StageConfig, to_dict
 from mllm_jax.continuation import model_identity, pretrained_projector, recipe_identity
+from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
 from mllm_jax.run_control import Stop, Stopped, message_of, say, status_of, write_json
 
@@ -32,6 +35,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   """All stages of a run, their evaluations, and the report. `recipe` is the configuration's file."""
   # ---- before anything heavy: are the files there? -------------------------------------------------------------------
   names = preflight.stage_names(config)
+  preflight.check_run(config)
   config = preflight.in_workdir(config, str(workdir))
   missing = preflight.missing_files(config)
   if missing:
@@ -61,7 +65,10 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
   # ---- workdir and data ----------------------------------------------------------------------------------------------
   with distributed.agreed("workdir"):
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ConfigError(f"--workdir={workdir}: {error.strerror}; name a folder that can be made") from error
   distributed.check_shared(workdir)
   with distributed.agreed("demo data"):
     if config.demo and distributed.is_first():
@@ -70,6 +77,13 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
       say(f"writing the digits data set to {workdir / 'data'}")
       write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
+
+  # ---- all data, before the first stage takes hours ------------------------------------------------------------------
+  prepared = {name: prepare(config, name, workdir, mesh) for name in names if name != "vdim"}
+  for name in prepared.keys() - {names[0]}:
+    with distributed.agreed(f"{name}, first batch"):
+      try_out(prepared[name].batches, getattr(config, name))
+  questions = held_out_questions(config, names)
 
   # ---- the stages ----------------------------------------------------------------------------------------------------
   log = NoLog()
@@ -85,7 +99,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
         train_vdim(under_way)
       else:
-        train_stage(under_way)
+        train_stage(under_way, prepared.pop(name), questions)
       with distributed.agreed("report"):
         if distributed.is_first():
           write_report(config, name, workdir)
@@ -103,13 +117,70 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
     say(summary(report.read_log(str(workdir / "metrics.jsonl")), workdir, time.time() - started))
 
 
-def train_stage(run) -> None:
-  """One stage, a `stage_loop.StageRun`, from its last checkpoint, or its beginning, to its evaluation."""
-  from mllm_jax import build, flops, parameters, train_vdim
-  from mllm_jax.data.chat import copy_tokenizer
+class Prepared(NamedTuple):
+  """What a stage has before its weights: the model without arrays, its learning rates by path, and its data."""
+
+  model_config: ModelConfig
+  graphdef: Any
+  shapes: dict
+  rates: dict[str, float]
+  tokenizer: str
+  processor: Any
+  batches: Any
+
+
+def prepare(config: Config, name: str, workdir: Path, mesh) -> Prepared:
+  """Looks at a stage's model, table of learning rates, template and every record. Raises ConfigError, WeightsError or
+  DataError with what is wrong."""
+  from mllm_jax import build, parameters
   from mllm_jax.models.mllm import abstract
   from mllm_jax.processors import make_processor
   from mllm_jax.stage_data import load_data
+
+  stage: StageConfig = getattr(config, name)
+  with distributed.agreed(name):
+    model_config = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
+    graphdef, shapes = parameters.flatten(abstract(model_config))
+    rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
+    tokenizer = build.tokenizer_folder(config.model.llm)
+    processor = make_processor(model_config, tokenizer, stage.data)
+  for turn in data_turns(stage):
+    with distributed.agreed(f"{name}, data"):
+      if distributed.is_first() in turn:
+        batches = load_data(config, stage, processor, workdir / name, mesh)
+  return Prepared(model_config, graphdef, shapes, rates, tokenizer, processor, batches)
+
+
+def try_out(batches, stage: StageConfig) -> None:
+  """Makes a later stage's first batch and drops it, where a sample that cannot be used would stop the run. Raises
+  DataError, as when no place of max_length is left for an answer."""
+  if stage.data.on_bad_sample == "error":
+    with contextlib.closing(batches.iterate()) as made:
+      next(made)
+
+
+def held_out_questions(config: Config, names: list[str]):
+  """The records to ask about after some stage, None where no stage is followed by questions. Raises DataError where
+  one of them cannot be asked."""
+  from mllm_jax.data.records import Records, check
+  from mllm_jax.inference.evaluate import list_questions
+
+  if not config.evaluation.path or not set(config.evaluation.stages.split(",")) & set(names):
+    return None
+  with distributed.agreed("held-out questions"):
+    records = Records.load(config.evaluation.path, config.evaluation.image_folder)
+    if distributed.is_first():
+      problems = check(records, max_images=sys.maxsize)
+      if problems:
+        raise DataError(f"evaluation.path: {problems[0][1]}" + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
+      list_questions(records)
+  return records
+
+
+def train_stage(run, prepared: Prepared, questions) -> None:
+  """One stage, a `stage_loop.StageRun`, from its last checkpoint, or its beginning, to its evaluation."""
+  from mllm_jax import build, flops, parameters, train_vdim
+  from mllm_jax.data.chat import copy_tokenizer
   from mllm_jax.training import optimizer as optimizer_lib
   from mllm_jax.training import step as step_lib
   from mllm_jax.weights.fingerprint import fingerprint
@@ -118,19 +189,9 @@ def train_stage(run) -> None:
 
   config, name, mesh = run.config, run.name, run.mesh
   stage: StageConfig = run.stage
-
-  # ---- data ----------------------------------------------------------------------------------------------------------
-  model_config = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
-  tokenizer = build.tokenizer_folder(config.model.llm)
-  processor = make_processor(model_config, tokenizer, stage.data)
-  for turn in data_turns(stage):
-    with distributed.agreed(f"{name}, data"):
-      if distributed.is_first() in turn:
-        batches = load_data(config, stage, processor, run.folder, mesh)
+  model_config, graphdef, shapes, rates, tokenizer, processor, batches = prepared
 
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
-  graphdef, shapes = parameters.flatten(abstract(model_config))
-  rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
   vdim = train_vdim.settle_vdim(config, run.workdir, model_config, shapes, mesh)
   identity = {
     "stage": name,
@@ -177,7 +238,7 @@ def train_stage(run) -> None:
   asked = config.evaluation.path and name in config.evaluation.stages.split(",")
   if asked and not distributed.first_says((run.folder / EVALUATION).is_file()):
     model = parameters.unflatten(graphdef, {**frozen, **state.trainable})
-    evaluate(run, model, processor, int(state.step))
+    evaluate(run, model, processor, questions, int(state.step))
 
 
 def data_turns(stage: StageConfig) -> list[tuple[bool, ...]]:
@@ -205,21 +266,18 @@ def save_model(workdir: Path) -> None:
     ) from error
 
 
-def evaluate(run, model, processor, step: int) -> None:
+def evaluate(run, model, processor, records, step: int) -> None:
   """Asks the held-out questions and keeps every answer. All processes ask the same ones, each on its devices."""
   import copy
 
   from tqdm import tqdm
 
-  from mllm_jax.data.records import Records
   from mllm_jax.inference.engine import Engine
   from mllm_jax.inference.evaluate import exact_match
 
   config = run.config.evaluation
   asker = copy.copy(processor)
   asker.template = run.config.finetune.data.template  # stage 1 has no questions of its own
-  with distributed.agreed("held-out questions"):
-    records = Records.load(config.path, config.image_folder)
   with tqdm(
     desc=f"{run.name}, held-out questions", unit="question", disable=not distributed.is_first(), dynamic_ncols=True
   ) as bar:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from mllm_jax import terminal
 from mllm_jax.command_line import Parser
 from mllm_jax.config import SHUFFLED, ConfigError, ModelConfig
-from mllm_jax.data import images
-from mllm_jax.data.records import DataError
 from mllm_jax.visualization import folder
 
 # jax is imported where it is used, so that a mistyped argument is answered at once.
@@ -80,10 +78,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def visualize(args: argparse.Namespace) -> None:
   """Writes the folder. What the caller can put right is a ConfigError, DataError, PlaceError or OSError."""
   out = folder.check(args.out)
-  try:
-    picture = images.load(args.image)
-  except DataError as error:
-    raise DataError(f"--image {args.image}: cannot be read as a picture; save it again as PNG or JPEG") from error
+  picture = terminal.load_picture(args.image)
 
   from mllm_jax.build import load
   from mllm_jax.models.projectors.pixel_shuffle import SIDE

@@ -256,6 +256,12 @@ def test_an_existing_folder_is_kept_unless_told(sp_lora, tmp_path, capsys):
   (out / "precious.txt").write_text("mine")
   assert run("import", *arguments, f"--out={out}") == 2
   assert "exists already" in capsys.readouterr().err and (out / "precious.txt").exists()
+  assert run("import", *arguments, f"--out={out}", "--overwrite") == 2
+  assert "is no folder of weights" in capsys.readouterr().err and (out / "precious.txt").exists()
+  assert run("import", *arguments, f"--out={out / 'precious.txt'}", "--overwrite") == 2
+  assert run("import", *arguments, f"--out={out / 'precious.txt' / 'in'}") == 2
+  assert "cannot be made (Not a directory)" in capsys.readouterr().err and os.listdir(out) == ["precious.txt"]
+  (out / "model.safetensors").touch()
   assert run("import", *arguments, f"--out={out}", "--overwrite") == 0
   assert sorted(os.listdir(out)) == ["mllm_jax.json", "model.safetensors", "tokenizer"]
 

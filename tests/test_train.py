@@ -175,14 +175,50 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--config.pretrain.data.template=vicuna"], "unknown template 'vicuna'"),
     (["--config.pretrain.data.max_length=1"], "pretrain.data.max_length=1 must be 2 or more"),
     (["--config.model.remat=all"], "model.remat='all'"),
+    (["--config.model.dtype=bf16"], "model.dtype='bf16' is unknown; known: bfloat16, float32"),
+    (["--config.model.frozen_dtype=int8"], "model.frozen_dtype='int8' is unknown"),
+    (["--config.model.vision="], "model.vision = (empty)"),
+    (["--config.pretain.steps=3"], "--config.pretain.steps=3: there is no field 'pretain'; Config has name, demo"),
+    (["--config.seed=-1"], "seed=-1 must be between 0 and 4294967295"),
+    (["--config.checkpoint_every=0"], "checkpoint_every=0 must be 1 or more"),
+    (["--config.evaluation.batch_size=0"], "evaluation.batch_size=0 must be 1 or more"),
+    (["--config.pretrain.warmup_ratio=nan"], "pretrain.warmup_ratio=nan must be between 0 and 1"),
+    (["--config.pretrain.beta2=1.0"], "pretrain.beta2=1.0 must be at least 0 and below 1"),
+    (["--config.pretrain.eps=0"], "pretrain.eps=0.0 must be 1e-30 or more"),
+    (["--config.finetune.lora.rank=-1"], "finetune.lora.rank=-1 must be 0 or more"),
+    (["--config.finetune.lora.targets=('q_prj', 'k_proj')"], "finetune.lora.targets=('q_prj', 'k_proj') must be some"),
+    (["--config.pretrain.parameters=(('projector/(', 1.0),)"], "('projector/(', 1.0) is one of its rows"),
+    (["--config.pretrain.parameters=(('projector/.*', -1.0),)"], "('projector/.*', -1.0) is one of its rows"),
+    (["--config.pretrain.parameters=('projector/.*', 1.0)"], "'projector/.*' is one of its rows"),
   ],
 )
 def test_what_a_user_may_get_wrong(folder, capsys, options, words):
   assert words in fail(capsys, folder, *options)
 
 
+@pytest.mark.parametrize(
+  "options, words",
+  [
+    (["--config.finetune.data.template=vicuna"], "unknown template 'vicuna'"),
+    (["--config.finetune.lora.rank=0"], "the rule 'decoder/.*/lora/[ab]' matches no parameter"),
+    (["--config.finetune.batch_size=1000", "--config.finetune.accumulation=1"], "do not fill a batch of 1000"),
+    (["--config.finetune.data.max_length=20"], "finetune.json, sample"),  # less than its visual tokens
+    (["--config.evaluation.path={folder}/llama/tokenizer.model"], "tokenizer.model"),
+    (["--config.evaluation.image_folder={folder}"], "heldout.json, sample 0 ('heldout-00000'): image"),
+  ],
+)
+def test_what_a_later_stage_would_stumble_over_is_found_before_the_first(folder, capsys, options, words):
+  assert words in fail(capsys, folder, *(option.format(folder=folder) for option in options), workdir="early")
+  assert not (folder / "early" / "pretrain").exists()
+
+
 def test_a_missing_recipe(folder, capsys):
   assert "no such file" in fail(capsys, folder, recipe="other.py")
+  assert "no such file; the recipes are in" in fail(capsys, folder, "--config.seed=1", recipe="other.py")
+
+
+def test_a_workdir_that_cannot_be_made(folder, capsys):
+  assert "recipe.py: File exists; name a folder that can be made" in fail(capsys, folder, workdir="recipe.py")
 
 
 def test_a_folder_that_is_no_hugging_face_model(folder, capsys):

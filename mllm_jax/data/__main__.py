@@ -41,7 +41,14 @@ def main(argv: list[str]) -> int:
     return module.run(arguments)
   except (ConfigError, DataError, PlaceError) as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+  except OSError as error:
+    if not error.filename:
+      raise
+    print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+  except KeyboardInterrupt:
+    print("\ninterrupted; the same command starts again, or goes on", file=sys.stderr, flush=True)
+    return 130
+  return 2
 
 
 if __name__ == "__main__":

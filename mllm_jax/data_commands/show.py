@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Writes the page. Raises ConfigError or DataError for what has to be put right first."""
+  if args.count < 1:
+    raise ConfigError(f"--count={args.count} must be 1 or more")
   settings = data_settings(args)
   records, data = settings.open(), settings.data
   chosen = choose(records, args)

@@ -72,9 +72,9 @@ def _card(records: Sequence, place: int, processor: Processor, limited: bool) ->
     encoded = chat.encode(sample.turns, processor.template, processor.tokenizer, len(pictures), sample.system)
     sizes = [picture.size for picture in pictures]
     places = processor.places(encoded, sizes)
+    shown = "".join(_picture(picture, path, processor) for picture, path in zip(pictures, sample.images))
   except DataError as error:
     return _article(name, sample.id, "", _problem(error) + _raw(sample))
-  shown = "".join(_picture(picture, path, processor) for picture, path in zip(pictures, sample.images))
   problem = ""
   try:
     (processor if limited else processor.with_room(len(pictures))).row(sample)

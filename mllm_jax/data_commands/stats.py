@@ -65,6 +65,11 @@ def run(args: argparse.Namespace) -> int:
   sizes = {name: getattr(args, name) for name in ("batch_size", "accumulation") if getattr(args, name)}
   stage = settings.stage or StageConfig(batch_size=128, accumulation=8)
   stage = dataclasses.replace(stage, data=settings.data, **sizes)
+  for name in ("batch_size", "accumulation", "synthetic", "images", "workers"):
+    if getattr(args, name) < 0:
+      raise ConfigError(f"--{name}={getattr(args, name)} must be 0 or more")
+  if args.devices < 1:
+    raise ConfigError(f"--devices={args.devices} must be 1 or more")
   if args.synthetic and args.images:
     raise ConfigError("--images decodes a data set's pictures; --synthetic has none")
   records = maker = None

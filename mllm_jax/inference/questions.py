@@ -28,7 +28,11 @@ def read(path: str, image_folder: str) -> list[FileQuestion]:
   if not os.path.isfile(path):
     raise DataError(f"--questions {path}: no such file")
   found = []
-  for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+  try:
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # a text in JSON may hold other ends of lines
+  except UnicodeDecodeError as error:
+    raise DataError(f"--questions {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+  for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue
     try:

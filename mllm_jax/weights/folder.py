@@ -124,14 +124,21 @@ def beside(path: Path, *, overwrite: bool) -> Iterator[Path]:
   """A new folder PATH.partial that becomes PATH when the block ends without an error, and is removed otherwise. What an
   earlier attempt has left is removed first.
 
-  Raises WeightsError where PATH is remote, or exists and is not to be overwritten.
+  Raises WeightsError where PATH is remote, cannot be made, exists and is not to be overwritten, or is to be and holds
+  something else than weights.
   """
-  path = local(path)
-  if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-    raise WeightsError(f"{path} exists already; name another folder, remove it, or allow it with --overwrite")
+  path = Path(os.path.abspath(local(path)))  # "." has no name to put an ending to
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not overwrite:
+      raise WeightsError(f"{path} exists already; name another folder, remove it, or allow it with --overwrite")
+    if not any(entry.suffix in (".safetensors", ".bin") for entry in path.glob("*")):
+      raise WeightsError(f"{path} is no folder of weights, and --overwrite replaces nothing else; name another folder")
   partial = path.with_name(path.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
+  try:
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise WeightsError(f"{path} cannot be made ({error.strerror}); name another folder") from error
   try:
     yield partial
   except BaseException:

@@ -160,6 +160,7 @@ def test_without_its_vdim_a_row_is_not_trained(folder, capsys):
     (["--suite=nothing"], "--suite=nothing is none; there are sp_tokens, sp_sfe, sp_dfi"),
     ([], "which suite?"),
     (["--suite=sp_dfi", "--seeds=0"], "--seeds=0 must be 1 or more"),
+    (["--suite=sp_dfi", f"--workdir={__file__}"], "File exists; name a folder that can be made"),
     (["--suite=sp_dfi", "--only=Kernel 3"], "--only=Kernel 3: the rows of sp_dfi are 'Without DFI', 'Kernel 16'"),
   ],
 )

@@ -88,6 +88,7 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys):
   [
     ([f"--config={CONFIGS / 'vdim.py'}", "--summary"], "trains VDIM alone"),
     ([f"--config={CONFIGS / 'llava15.py'}"], "--topology is missing"),
+    ([f"--config={CONFIGS / 'llava15.py'}", "--summary", "--out=no/folder.json"], "a file in a folder that exists"),
     ([f"--config={CONFIGS / 'llava15.py'}", "--summary", "--config.model.llm=weights/nobody"], "weights/nobody"),
   ],
 )

@@ -94,6 +94,12 @@ def test_problems_stand_in_the_samples_place(records, tokenizers):
   )
 
 
+def test_an_image_that_no_square_can_hold_is_a_problem_of_its_sample(records, tokenizers, monkeypatch):
+  monkeypatch.setattr(show_page.images.Image, "MAX_IMAGE_PIXELS", 1000)  # of a square that is twice as large
+  page = make_page(records, Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 1))
+  assert "pixels; shrink it first" in page and len(cards(page)) == 6
+
+
 def test_the_page_needs_nothing_from_elsewhere(records, tokenizers):
   page = make_page(records, Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 1))
   assert "default-src 'none'" in page and "<script" not in page and "http:" not in page and "https:" not in page
@@ -143,6 +149,7 @@ def test_the_command(write_data, tmp_path, capsys):
     ([], "which data?"),
     ([*data, *towers, "--template=chatml"], "no special token '<|im_start|>'"),
     ([f"--path={tmp_path}/none.json", *towers], "no such file"),
+    ([*data, *towers, "--count=0"], "--count=0 must be 1 or more"),
   ):
     assert main(["show", *options, f"--out={out}"]) == 2
     assert told in capsys.readouterr().err

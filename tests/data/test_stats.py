@@ -73,6 +73,8 @@ def test_the_data_of_a_recipe(tmp_path, capsys):
     (["--path=tests"], "whose lengths? name the language model's folder with --llm=DIR"),
     (["--config=nowhere.py"], "nowhere.py"),
     (["--synthetic=1000", "--images=3"], "--synthetic has none"),
+    (["--synthetic=-5"], "--synthetic=-5 must be 0 or more"),
+    (["--synthetic=1000", "--devices=0"], "--devices=0 must be 1 or more"),
   ],
 )
 def test_what_is_missing_is_said(argv, message, capsys):

@@ -159,6 +159,18 @@ def test_other_data_in_the_same_folder_is_refused(data, tmp_path, capsys):
   assert "was begun with something else (content" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_and_an_interruption(data, tmp_path, capsys, monkeypatch):
+  assert run(data, data[0]) == 2
+  assert f"error: {data[0]}: File exists" in capsys.readouterr().err
+
+  def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(prepare, "write_shard", interrupted)
+  assert run(data, tmp_path / "shards", "--processes=1") == 130
+  assert "interrupted" in capsys.readouterr().err
+
+
 def test_large_images_are_shrunk(data, tmp_path):
   out = tmp_path / "shards"
   assert run(data, out, "--processes=1", "--max_side=30") == 0

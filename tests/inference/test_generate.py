@@ -214,3 +214,8 @@ def test_problems_of_files_are_told_before_any_work(loaded, picture, files, tmp_
     assert not files[1].exists()
   with pytest.raises(DataError, match="no such file"):
     questions.read(str(tmp_path / "nothing"), "")
+  (tmp_path / "bytes").write_bytes(b"\x89PNG")
+  with pytest.raises(DataError, match="bytes: not UTF-8 text"):
+    questions.read(str(tmp_path / "bytes"), "")
+  (tmp_path / "line").write_text('{"question_id": 1, "text": "one\u2028two"}\n', encoding="utf-8")
+  assert [question.text for question in questions.read(str(tmp_path / "line"), "")] == ["one\u2028two"]
