@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -10,10 +11,14 @@ from ml_collections import config_flags
 
 from mllm_jax import config as config_lib
 from mllm_jax.config import Config, ConfigError, check_types
+from mllm_jax.places import with_home
 
 
 class Parser(argparse.ArgumentParser):
   """Says what is wrong in one line; --help has the rest."""
+
+  def parse_known_args(self, args=None, namespace=None):
+    return super().parse_known_args(with_home(sys.argv[1:] if args is None else args), namespace)
 
   def error(self, message: str):
     self.exit(2, f"error: {message} (see --help)\n")
@@ -35,6 +40,7 @@ def plain_error(argv: list[str], error: Exception) -> str:
 
 def parse(argv: list[str]) -> tuple[Config, Path, str]:
   """The configuration, the workdir, and the recipe's file. Raises ConfigError where the command line is wrong."""
+  argv = with_home(argv)
   values = flags.FlagValues()  # not the global ones, so that a process can parse more than one command line
   config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
   workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -58,6 +64,10 @@ def parse(argv: list[str]) -> tuple[Config, Path, str]:
       raise ConfigError(f"--config={file}: no such file; the recipes are in configs/")
     raise ConfigError(f"{file}: get_config must return a mllm_jax.config.Config")
   check_types(config.value)
+  if "://" in (workdir.value or ""):
+    raise ConfigError(
+      f"--workdir={workdir.value}: checkpoints go to a local folder; name one, or mount the bucket there"
+    )
   return config.value, Path(workdir.value or f"runs/{config.value.name}"), file
 
 

@@ -283,6 +283,10 @@ def evaluate(args: argparse.Namespace) -> None:
   given = server_scores(args)
   found = collect(args)
   if not args.score_only:
+    try:  # not after hours of answers
+      predictions(args, args.benchmarks[0]).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ConfigError(f"--out {args.out}: {error.strerror}; name a folder that can be made") from error
     missing = {
       b.name: sum(q.id not in found[b.name][2].rows for q in found[b.name][1][: args.limit]) for b in args.benchmarks
     }

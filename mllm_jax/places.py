@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,12 @@ FLATTENED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 class PlaceError(ValueError):
   """A file that cannot be had from where it is; the message names it and the remedy."""
+
+
+def with_home(argv: Sequence[str]) -> list[str]:
+  """A command line whose `--option=~/path` means the home folder, which shells leave as it is behind a "="."""
+  home = lambda found: found[1] + os.path.expanduser(found[2])
+  return [re.sub(r"^(--[\w.]+=)(~(?=/|$).*)", home, argument, flags=re.DOTALL) for argument in argv]
 
 
 def place(path: Place) -> Place:

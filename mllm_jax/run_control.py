@@ -1,16 +1,19 @@
 """What every stage of a run needs besides its own work: being stopped in order, speaking, small files."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
 from pathlib import Path
+from typing import IO
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
 
 PUT_RIGHT_FIRST = (ConfigError, DataError, PlaceError)
+LOCK = ".lock"  # in the workdir
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
@@ -68,6 +71,20 @@ def say(*text) -> None:
 
   if jax.process_index() == 0:
     print(*text, flush=True)
+
+
+def lock(workdir: Path) -> IO:
+  """Keeps other runs out of a workdir, where two would write the same checkpoints, for as long as what is returned is
+  kept. Raises ConfigError where another run is under way there."""
+  file = open(workdir / LOCK, "w")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    file.close()
+    raise ConfigError(f"{workdir}: another run is under way there; stop it, or use another --workdir") from error
+  except OSError:  # mounted buckets know no locks
+    pass
+  return file
 
 
 def write_json(path: Path, content) -> None:

@@ -26,7 +26,7 @@ from mllm_jax.config import Config, ConfigError, ModelConfig, StageConfig, to_di
 from mllm_jax.continuation import model_identity, pretrained_projector, recipe_identity
 from mllm_jax.data.records import DataError
 from mllm_jax.places import PlaceError
-from mllm_jax.run_control import Stop, Stopped, message_of, say, status_of, write_json
+from mllm_jax.run_control import Stop, Stopped, lock, message_of, say, status_of, write_json
 
 EVALUATION = "evaluation.json"  # in the folder of a stage
 
@@ -69,6 +69,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
       workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise ConfigError(f"--workdir={workdir}: {error.strerror}; name a folder that can be made") from error
+    _held = lock(workdir) if distributed.is_first() else None
   distributed.check_shared(workdir)
   with distributed.agreed("demo data"):
     if config.demo and distributed.is_first():

@@ -84,7 +84,7 @@ ALLOWED = {
   "ablation": {"command_line", "config", "page", "suites"},
   "ablate": {"ablation", "command_line", "config", "run_control", "suites"},
   "preflight": {"config", "data", "places", "weights"},
-  "command_line": {"config"},
+  "command_line": {"config", "places"},
   "probes": {
     "build",
     "config",

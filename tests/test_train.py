@@ -19,7 +19,7 @@ from PIL import Image
 from processes import xla_flags
 
 import mllm_jax
-from mllm_jax import build, train
+from mllm_jax import build, run_control, train
 
 REPOSITORY = Path(__file__).parents[1]
 # One device; the same for all runs, as losses are compared to the last bit.
@@ -175,6 +175,8 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--config.pretrain.data.template=vicuna"], "unknown template 'vicuna'"),
     (["--config.pretrain.data.max_length=1"], "pretrain.data.max_length=1 must be 2 or more"),
     (["--config.model.remat=all"], "model.remat='all'"),
+    (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: checkpoints go to a local folder"),
+    (["--config.model.vision=~/nowhere"], f"model.vision = {Path.home() / 'nowhere'}"),
     (["--config.model.dtype=bf16"], "model.dtype='bf16' is unknown; known: bfloat16, float32"),
     (["--config.model.frozen_dtype=int8"], "model.frozen_dtype='int8' is unknown"),
     (["--config.model.vision="], "model.vision = (empty)"),
@@ -215,6 +217,13 @@ def test_what_a_later_stage_would_stumble_over_is_found_before_the_first(folder,
 def test_a_missing_recipe(folder, capsys):
   assert "no such file" in fail(capsys, folder, recipe="other.py")
   assert "no such file; the recipes are in" in fail(capsys, folder, "--config.seed=1", recipe="other.py")
+
+
+def test_a_workdir_that_another_run_works_in(folder, capsys):
+  (folder / "taken").mkdir()
+  with run_control.lock(folder / "taken"):
+    assert "taken: another run is under way there" in fail(capsys, folder, workdir="taken")
+    assert os.listdir(folder / "taken") == [run_control.LOCK]
 
 
 def test_a_workdir_that_cannot_be_made(folder, capsys):

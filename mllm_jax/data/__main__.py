@@ -10,7 +10,7 @@ import sys
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.records import DataError
-from mllm_jax.places import PlaceError
+from mllm_jax.places import PlaceError, with_home
 
 COMMANDS = "mllm_jax.data_commands"
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     lines = [f"  {name:10s} {purpose}" for name, purpose in commands().items()]
     print("usage: python -m mllm_jax.data COMMAND [--help]\n\ncommands:\n" + "\n".join(lines))
     return 0 if not argv or argv[0] in ("-h", "--help") else 2
-  module = importlib.import_module(f"{COMMANDS}.{argv[0]}")
+  module, argv = importlib.import_module(f"{COMMANDS}.{argv[0]}"), with_home(argv)
   parser = argparse.ArgumentParser(
     prog=f"python -m mllm_jax.data {argv[0]}", description=known[argv[0]], allow_abbrev=False
   )

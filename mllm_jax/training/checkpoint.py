@@ -187,7 +187,7 @@ class _Explained:
       ) from error
     raise CheckpointError(
       f"{self.folder}: {type(error).__name__}: {text[:600]}. If the checkpoint is of another model or "
-      "version, use another --workdir"
+      "version, use another --workdir; if it is damaged, remove the folder of its step, and the one before it counts"
     ) from error
 
 

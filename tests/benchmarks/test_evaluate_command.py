@@ -243,6 +243,12 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(run, tmp_path, monkeyp
   assert status == 2 and "1 of 2 pictures are missing" in err
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_asked(run, engine, tmp_path):
+  (tmp_path / "file").touch()
+  status, _, err = run(f"--out={tmp_path / 'file'}")
+  assert status == 2 and "file: Not a directory; name a folder" in err and not engine.asked
+
+
 def test_a_picture_that_cannot_be_read_is_named_and_what_was_answered_stays(run, tmp_path):
   (tmp_path / "data/pope/val2014/p1.jpg").write_bytes(b"no picture")
   status, _, err = run("--batch_size=1")

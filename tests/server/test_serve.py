@@ -109,7 +109,7 @@ def test_a_port_that_there_is_not(tmp_path, capsys):
   for port in ("70000", "-1"):
     with contextlib.suppress(SystemExit):
       assert serve.main([f"--model={tmp_path}", f"--port={port}"]) == 2
-    assert "port" in capsys.readouterr().err
+    assert "--port" in capsys.readouterr().err
 
 
 def test_help_needs_neither_jax_nor_a_server():
