@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -323,7 +324,8 @@ def summary(rows: list[dict], workdir: Path, seconds: float) -> str:
             )
   lines.append(f"  report       {workdir / 'report.html'}")
   if any(row["stage"] != "vdim" for row in rows):
-    lines.append(f'  ask it       python -m mllm_jax.generate --model={workdir} --image=FILE --prompt="..."')
+    model = shlex.quote(str(workdir))
+    lines.append(f'  ask it       python -m mllm_jax.generate --model={model} --image=FILE --prompt="..."')
   return "\n".join(lines)
 
 

@@ -107,7 +107,7 @@ class Checkpoints:
   def trainable(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """{path: (shape, type)} of what was trained, without reading it."""
     with self._explained():
-      saved = self._reader().metadata(self._state(step)).item_metadata.tree["trainable"]
+      saved = self._handler().metadata(self._state(step)).tree["trainable"]
     return {path: (tuple(array.shape), np.dtype(array.dtype)) for path, array in saved.items()}
 
   def _some(self, step: int, wanted: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
@@ -121,8 +121,10 @@ class Checkpoints:
     return self.folder / str(step) / "state"
 
   def _reader(self) -> ocp.Checkpointer:
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self.processes)
-    return ocp.Checkpointer(handler, multiprocessing_options=self.processes)
+    return ocp.Checkpointer(self._handler(), multiprocessing_options=self.processes)
+
+  def _handler(self) -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=self.processes)
 
   def close(self) -> None:
     self.manager.close()
