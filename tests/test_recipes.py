@@ -237,6 +237,8 @@ def test_the_hyper_parameters_of_llava_uhd(path):
   assert (config.pretrain.batch_size, config.finetune.batch_size) == (256, 128)
   assert (config.pretrain.data.max_slices, config.finetune.data.max_slices) == (1, 6)
   assert config.finetune.lora.rank == 0 and config.finetune.data.image_aspect == "slices"
+  enlarged = lambda config: (config.pretrain.data.enlarge, config.finetune.data.enlarge)
+  assert enlarged(config) == (0.1, 0.1) and enlarged(load(path, "demo")) == enlarged(load(LLAVA[0])) == (0.0, 0.0)
   with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
     load(path, "demos")
 
