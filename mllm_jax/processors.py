@@ -1,5 +1,7 @@
 """Processors for a model: how images become crops of its tower, and which tokens stand between them."""
 
+import types
+
 from mllm_jax.config import ANY_ASPECT, ConfigError, DataConfig, ModelConfig, ProjectorConfig
 from mllm_jax.data import dynamic_tiles, slices
 from mllm_jax.data.aspects import Anyres, Aspect, Slices, Square, Tiles
@@ -23,6 +25,11 @@ def make_processor(model: ModelConfig, tokenizer: str, data: DataConfig) -> Proc
   aspect = make_aspect(model, loaded, data)
   enlarging = Enlarging(model.vision, data.max_slices, data.enlarge) if data.enlarge else None
   return Processor(loaded, aspect, data.template, data.max_length, data.max_images, enlarging)
+
+
+def shapes_aspect(model: ModelConfig, data: DataConfig) -> Aspect:
+  """`make_aspect` for those who ask for shapes and sizes only, and have no tokenizer: its token ids mean nothing."""
+  return make_aspect(model, types.SimpleNamespace(inside_id=lambda text: 0, specials={}), data)
 
 
 def make_aspect(model: ModelConfig, tokenizer: ChatTokenizer, data: DataConfig) -> Aspect:

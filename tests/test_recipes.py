@@ -10,9 +10,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mllm_jax import build, preflight, recipes, sharding
+from mllm_jax import build, preflight, processors, recipes, sharding
 from mllm_jax.compilation import abstract_step
-from mllm_jax.config import Config, ConfigError, DataConfig, ModelConfig, StageConfig, from_dict, to_dict
+from mllm_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  ModelConfig,
+  ProjectorConfig,
+  StageConfig,
+  VisionConfig,
+  from_dict,
+  to_dict,
+)
+from mllm_jax.data.processor import empty_patches
 from mllm_jax.models import projectors
 
 ALL_RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -165,6 +176,16 @@ def test_both_stages_trace_at_full_size(path, variant):
 def test_packed_rows_are_compiled_as_long_as_they_are_trained(row_length, places):
   stage = StageConfig(data=DataConfig(batching="pack", max_length=128, row_length=row_length), batch_size=6)
   assert abstract_step.batch(ModelConfig(), stage).tokens.shape == (1, 6, places)
+
+
+@pytest.mark.parametrize("side, aspect, patches", [(336, "slices", 576), (384, "slices", 752), (384, "pad", 27 * 27)])
+def test_crops_are_compiled_as_large_as_they_are_made(side, aspect, patches):
+  """SigLIP-so400m's 384 pixels are 27 patches of 14 and 6 pixels, which slices may use."""
+  model = ModelConfig(vision=VisionConfig(image_size=side), projector=ProjectorConfig(kind="hiwin"))
+  stage = StageConfig(data=DataConfig(image_aspect=aspect, max_images=7), batch_size=6)
+  assert abstract_step.batch(model, stage).patches.shape == (1, 6, 7, patches, 588)
+  made, _ = empty_patches(7, processors.shapes_aspect(model, stage.data))
+  assert made.shape == (7, patches, 588)
 
 
 def assert_traces(step: abstract_step.AbstractStep) -> None:
