@@ -3,7 +3,8 @@
 The released loader (github.com/thunlp/LLaVA-UHD, llava/train/train.py, in both stages) brings pictures of TextVQA to
 1024 pixels along the longer side, and of the others one in ten to the area of six slices, if it would not have six.
 There chance is drawn whenever a sample is loaded. Here the seed, the sample's place in its file and the picture's in
-the sample decide, in every epoch alike: lengths are measured ahead, and what is loaded must have them.
+the sample decide, in every epoch alike: lengths are measured ahead, and what is loaded must have them. A picture is
+TextVQA's by its path in the data, which tfds and shards of older versions do not have.
 """
 
 import dataclasses
