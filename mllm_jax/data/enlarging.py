@@ -43,7 +43,8 @@ class Enlarging:
     if any(word in name for word in TEXTVQA):
       return slices.long_side(size, LONG_SIDE)
     if drawn:
-      plan = slices.plan(*size, self.vision, self.max_slices)
+      # The first stage, which takes the whole picture alone, asks alike.
+      plan = slices.plan(*size, self.vision, max(self.max_slices, SLICES))
       if plan.columns * plan.rows != SLICES:
         return slices.to_area(size, SLICES * self.vision.image_size**2)
     return size

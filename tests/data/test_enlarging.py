@@ -39,6 +39,7 @@ def test_sizes_by_hand():
   assert size((640, 480), 1.0) == (950, 712) and slices.crops_of(950, 712, CLIP, 6) == 7
   assert size((1344, 672), 1.0) == (1344, 672)  # 3 x 2 slices already
   assert size((3000, 400), 1.0, max_slices=7) == (2253, 300)  # 7 x 1: to a smaller area
+  assert [size(given, 1.0, max_slices=1) for given in ((640, 480), (4000, 3000))] == [(950, 712), (4000, 3000)]
   assert size((640, 480), 1e-12) == (640, 480)
   for name in ("textvqa/train_images/1.jpg", "sft/TextVQA/1.jpg"):
     assert [size(given, 1e-12, name) for given in ((640, 480), (1500, 2000))] == [(1024, 768), (768, 1024)]
