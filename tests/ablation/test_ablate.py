@@ -150,7 +150,7 @@ def test_rows_share_a_vdim(folder):
 def test_without_its_vdim_a_row_is_not_trained(folder, capsys):
   behave(folder, vdim="fail")
   assert run(folder, "--only=With VDIM", suite="vdims") == 1
-  assert trained(folder) == ["vdim/seed-0", "stage_vdim/seed-1"]
+  assert trained(folder) == ["stage_vdim/seed-0", "stage_vdim/seed-1"]
   assert "With VDIM, seed 0 has no VDIM" in capsys.readouterr().out
 
 
