@@ -151,7 +151,7 @@ def add_parts(command: argparse.ArgumentParser, which: str = "") -> None:
 def add_out(command: argparse.ArgumentParser) -> None:
   command.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
   command.add_argument(
-    "--overwrite", action="store_true", help="replace --out where it exists, once the new one is whole"
+    "--overwrite", action="store_true", help="replace --out where it holds weights, once the new one is whole"
   )
 
 
@@ -238,6 +238,8 @@ def run_verify(args: argparse.Namespace) -> int:
   """Compares two models; 1 where they differ."""
   from mllm_jax.inspection import compare, comparison_table
 
+  if not args.tolerance >= 0:  # which no NaN is
+    raise ConfigError(f"--tolerance={args.tolerance} must be 0 or more")
   parts = {name: getattr(args, name) for name in ("vision", "llm", "projector", "adapter")}
   result = compare(args.a, args.b, parts, args.tolerance)
   print(comparison_table(result))

@@ -78,7 +78,10 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
       from mllm_jax.demo.write import write as write_demo
 
       say(f"writing the digits data set to {workdir / 'data'}")
-      write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
+      try:
+        write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
+      except FileExistsError as error:
+        raise ConfigError(f"the demo's data go to WORKDIR/data, and {error}") from error
 
   # ---- all data, before the first stage takes hours ------------------------------------------------------------------
   prepared = {name: prepare(config, name, workdir, mesh) for name in names if name != "vdim"}

@@ -231,6 +231,7 @@ def test_verify_finds_one_changed_number(sp_lora, tmp_path, capsys):
     (["import", "--llm={at}/l", "--template=nonsense", "--out=x"], ["--template=nonsense", "vicuna_v1"]),
     (["export", "--checkpoint={at}/l", "--format=hf", "--out=x"], ["vision, projector: not there"]),
     (["inspect", "/no/such/file.bin"], ["/no/such/file.bin does not exist"]),
+    (["verify", "{at}/l", "{at}/l", "--tolerance=nan"], ["--tolerance=nan must be 0 or more"]),
   ],
 )
 def test_wrong_input_is_told_and_leaves_nothing(sp_lora, tmp_path, monkeypatch, capsys, arguments, words):

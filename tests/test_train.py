@@ -226,6 +226,15 @@ def test_a_workdir_that_another_run_works_in(folder, capsys):
     assert os.listdir(folder / "taken") == [run_control.LOCK]
 
 
+def test_a_demo_leaves_data_that_are_not_its_own(tmp_path, capsys):
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / "mine.json").touch()
+  recipe = REPOSITORY / "configs" / "llava15.py"
+  assert train.main(["train", f"--config={recipe}:demo", f"--workdir={tmp_path}"]) == 2
+  assert "not written here" in (error := capsys.readouterr().err) and error.count("\n") == 1
+  assert os.listdir(tmp_path / "data") == ["mine.json"]
+
+
 def test_a_workdir_that_cannot_be_made(folder, capsys):
   assert "recipe.py: File exists; name a folder that can be made" in fail(capsys, folder, workdir="recipe.py")
 
