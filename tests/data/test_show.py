@@ -95,7 +95,8 @@ def test_problems_stand_in_the_samples_place(records, tokenizers):
 
 
 def test_an_image_that_no_square_can_hold_is_a_problem_of_its_sample(records, tokenizers, monkeypatch):
-  monkeypatch.setattr(show_page.images.Image, "MAX_IMAGE_PIXELS", 1000)  # of a square that is twice as large
+  Image.new("RGB", (100, 2)).save(records[0].images[0])
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
   page = make_page(records, Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 1))
   assert "pixels; shrink it first" in page and len(cards(page)) == 6
 
