@@ -368,15 +368,20 @@ def load(
       f"{path} holds no tokenizer; name the language model's folder (llm=...) or copy its tokenizer there"
     )
   model = put(stored, stored.config(dtype or ""), mesh, dtype)
-  projector = model.config.projector
+  data = dataclasses.replace(data_of(stored), **({"max_slices": max_slices} if max_slices else {}))
+  return model, make_processor(model.config, stored.tokenizer, data)
+
+
+def data_of(stored: assemble.StoredModel) -> DataConfig:
+  """How a stored model reads conversations and images: as in training, or, where nothing says that, as its projector
+  tells. Raises WeightsError where it has none."""
+  projector = stored.config().projector
   # A model that takes any shape, or has a token between rows of tiles, was trained so.
   aspect = "slices" if projector.any_aspect else "anyres" if projector.image_newline else "pad"
   data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH, image_aspect=aspect)
   if projector.kind in SHUFFLED:
     data = dataclasses.replace(data, image_aspect="tiles", max_slices=INTERNVL_TILES, max_length=INTERNVL_LENGTH)
-  images = dict(stored.manifest.images) | ({"max_slices": max_slices} if max_slices else {})
-  data = dataclasses.replace(data, **images)
-  return model, make_processor(model.config, stored.tokenizer, data)
+  return dataclasses.replace(data, **stored.manifest.images)
 
 
 def put(stored: assemble.StoredModel, config: ModelConfig, mesh: Mesh | None, dtype: str | None) -> Mllm:
