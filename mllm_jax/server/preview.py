@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mllm_jax.data.aspects import Anyres, Aspect, Slices
+from mllm_jax.data.aspects import Anyres, Aspect, Slices, Tiles
 
 
 def preview(aspect: Aspect, width: int, height: int) -> Mapping:
@@ -16,7 +16,7 @@ def preview(aspect: Aspect, width: int, height: int) -> Mapping:
   """
   crops, places = aspect.crops_of(width, height), aspect.places(width, height).rows
   columns, rows = aspect.tiling(width, height)
-  if isinstance(aspect, Slices):
+  if isinstance(aspect, Slices | Tiles):
     frame = (0, 0, width, height)
   else:
     ratio = columns / rows if isinstance(aspect, Anyres) else 1.0

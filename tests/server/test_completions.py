@@ -9,7 +9,7 @@ import pytest
 from fake_engine import FakeEngine
 from serving import ask, content, data_uri, expected, picture, question, running, wait_for
 
-from mllm_jax.data.aspects import Anyres, Square
+from mllm_jax.data.aspects import Anyres, Square, Tiles
 from mllm_jax.server.preview import preview
 
 
@@ -295,6 +295,8 @@ def test_frames_of_pictures_that_are_padded(processor):
   found = preview(Anyres(vision, 16), 100, 40)  # two tiles side by side: a shape of 2 to 1
   assert (found["frame"], found["crops"], found["columns"], found["rows"]) == ([0, -5, 100, 50], 3, 2, 1)
   assert found["visual_tokens"] < found["places"]
+  found = preview(Tiles(vision, 16, 4, ()), 100, 40)  # squeezed into its two tiles
+  assert (found["frame"], found["crops"], found["columns"], found["rows"]) == ([0, 0, 100, 40], 3, 2, 1)
 
 
 def test_the_page_needs_nothing_from_outside(url):
