@@ -5,11 +5,11 @@ import collections
 import dataclasses
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from mllm_jax.data import chat, image_files, images, layout
+from mllm_jax.data import chat, image_files, images
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Records, Sample, sample_problems
 from mllm_jax.data_commands.settings import add_data_arguments, add_model_arguments, data_settings, processor
@@ -121,10 +121,9 @@ def find_in(records: Records, part: range, maker: Processor | None, max_images: 
     if empty and not any(problem.kind == "no answer" for problem in problems):
       add("empty answer", False, f"{empty} of its answers are empty; they are not trained on")
     missing = any(problem.kind == "missing image" for problem in problems)
-    for image in () if missing else sample.images:
-      _look_at(image, add)
-    if maker is not None and not problems:
-      _measure(sample, maker, add)
+    sizes = [] if missing else [_look_at(image, add) for image in sample.images]
+    if maker is not None and not problems and None not in sizes:
+      _measure(sample, sizes, maker, add)
   return found
 
 
@@ -133,8 +132,8 @@ def _without_name(text: str) -> str:
   return text.partition(": ")[2] or text
 
 
-def _look_at(image: str | bytes, add) -> None:
-  """What is to be said about an image."""
+def _look_at(image: str | bytes, add) -> tuple[int, int] | None:
+  """Says what is to be said about an image; its (width, height), None where it cannot be used."""
   what = image if isinstance(image, str) else f"of {len(image):,} bytes"
   if isinstance(image, str):
     found = image_files.locate(image)
@@ -144,7 +143,7 @@ def _look_at(image: str | bytes, add) -> None:
     picture, mode = images.load_with_mode(image)
   except DataError as error:
     add("corrupt image", True, str(error))
-    return
+    return None
   if mode not in USUAL_MODES:
     add("odd mode", False, f"image {what} has pixels of mode {mode}, which are rescaled to 8 bits")
   width, height = picture.size
@@ -154,21 +153,31 @@ def _look_at(image: str | bytes, add) -> None:
     images.check_square(picture)
   except DataError as error:
     add("extreme shape", True, f"image {what}: {error}")
+    return None
+  return picture.size
 
 
-def _measure(sample: Sample, maker: Processor, add) -> None:
-  """Whether a row has room for the sample."""
-  n_images = len(sample.images)
+def _measure(sample: Sample, sizes: Sequence[tuple[int, int]], maker: Processor, add) -> None:
+  """Whether a row has room for the sample, whose images have these (widths, heights)."""
   try:
-    encoded = chat.encode(sample.turns, maker.template, maker.tokenizer, n_images, sample.system)
+    encoded = chat.encode(sample.turns, maker.template, maker.tokenizer, len(sizes), sample.system)
   except DataError as error:
     add("template", True, str(error))
     return
-  places = layout.expand(encoded, [maker.tokens_per_crop] * n_images)
-  if len(places.tokens) <= maker.max_length:
+  try:
+    crops = sum(maker.image_cost(*size)[0] for size in sizes)
+    length = len(maker.places(encoded, sizes).tokens)
+  except DataError as error:
+    add("extreme shape", True, str(error))
     return
-  text = f"takes {len(places.tokens)} places of max_length={maker.max_length}"
-  if layout.expand(encoded, [maker.tokens_per_crop] * n_images, maker.max_length).loss_weights.any():
+  if crops > maker.max_images:
+    text = f"its images become {crops} crops, and a row has room for {maker.max_images}; raise data.max_images"
+    add("too many images", True, text)
+    return
+  if length <= maker.max_length:
+    return
+  text = f"takes {length} places of max_length={maker.max_length}"
+  if maker.places(encoded, sizes, maker.max_length).loss_weights.any():
     add("truncated", False, f"{text}; what is beyond is cut")
   else:
     add("nothing to train on", True, f"{text}, and no answer is left; raise data.max_length or take the sample out")
