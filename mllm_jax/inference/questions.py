@@ -28,7 +28,8 @@ def read(path: str, image_folder: str) -> list[FileQuestion]:
   if not os.path.isfile(path):
     raise DataError(f"--questions {path}: no such file")
   found = []
-  for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+  # Not splitlines: JSON's texts may hold U+2028 and others at which that cuts.
+  for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
     if not line.strip():
       continue
     try:

@@ -214,3 +214,10 @@ def test_problems_of_files_are_told_before_any_work(loaded, picture, files, tmp_
     assert not files[1].exists()
   with pytest.raises(DataError, match="no such file"):
     questions.read(str(tmp_path / "nothing"), "")
+
+
+def test_only_newlines_end_a_question(tmp_path):
+  file, texts = tmp_path / "questions.jsonl", ["a\u2028b", "c\x85d"]
+  rows = [json.dumps({"question_id": text, "text": text}, ensure_ascii=False) for text in texts]
+  file.write_text("\r\n".join(rows), encoding="utf-8", newline="")
+  assert [question.text for question in questions.read(str(file), "")] == texts
