@@ -3,10 +3,12 @@
 import dataclasses
 import glob
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mllm_jax import places
-from mllm_jax.config import Config, ConfigError, DataConfig, StageConfig, VdimStage
+from mllm_jax.config import Config, ConfigError, DataConfig, EvaluationConfig, StageConfig, VdimStage
 from mllm_jax.data.batching import check_batching
 from mllm_jax.weights.known import lookup
 
@@ -161,6 +163,14 @@ def explain_missing(missing: list[Missing], config_file: str) -> str:
   return "\n".join(lines)
 
 
+def check_run(config: Config) -> None:
+  """Raises ConfigError where a number that all stages share cannot work, which they would find out hours later."""
+  often = ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite")
+  _check_ranges("config", config, tuple((field, 1, None) for field in often))
+  _check_ranges("config", config, (("loader_threads", 0, None), ("loader_workers", 0, None)))
+  _check_ranges("evaluation", config.evaluation, (("batch_size", 1, None), ("max_new_tokens", 1, None)))
+
+
 def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processes: int) -> None:
   """Raises ConfigError where a stage's numbers cannot work on a mesh whose batch axes have `shards` parts."""
   unit = stage.accumulation * shards
@@ -209,10 +219,28 @@ def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processe
     raise ConfigError(f"{name}.parameters freezes everything: give some pattern a learning rate above 0")
 
 
-def _check_ranges(name: str, stage: StageConfig | VdimStage, ranges: tuple) -> None:
+def check_projector(config: Config, workdir: Path, paths: Iterable[str]) -> None:
+  """Raises ConfigError where finetune freezes what pretrain trains of the projector, by the `paths` of the model.
+
+  A checkpoint of finetune holds what that trains. Of the rest of the projector a continued run would begin with noise.
+  """
+  names = stage_names(config)
+  if "finetune" not in names or not ("pretrain" in names or (workdir / "pretrain" / "checkpoints").is_dir()):
+    return
+  trains = lambda stage, path: any(rate and re.fullmatch(pattern, path) for pattern, rate in stage.parameters)
+  for path in paths:
+    if path.startswith("projector/") and trains(config.pretrain, path) and not trains(config.finetune, path):
+      raise ConfigError(
+        f"finetune.parameters freezes {path}, which pretrain trains, and no checkpoint of finetune would hold it. Give "
+        "it a learning rate; or run pretrain alone, and finetune in another --workdir with "
+        f"model.projector_weights={workdir / 'model'}"
+      )
+
+
+def _check_ranges(name: str, part: Config | EvaluationConfig | StageConfig | VdimStage, ranges: tuple) -> None:
   """Raises ConfigError where a field is not within its (field, least, largest or None)."""
   for field, low, high in ranges:
-    value = getattr(stage, field)
+    value = getattr(part, field)
     if value < low or (high is not None and value > high):
       raise ConfigError(
         f"{name}.{field}={value} must be {f'between {low} and {high}' if high is not None else f'{low} or more'}"

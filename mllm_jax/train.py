@@ -32,6 +32,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   """All stages of a run, their evaluations, and the report. `recipe` is the configuration's file."""
   # ---- before anything heavy: are the files there? -------------------------------------------------------------------
   names = preflight.stage_names(config)
+  preflight.check_run(config)
   config = preflight.in_workdir(config, str(workdir))
   missing = preflight.missing_files(config)
   if missing:
@@ -131,6 +132,7 @@ def train_stage(run) -> None:
   # ---- what is trained, and from where it goes on --------------------------------------------------------------------
   graphdef, shapes = parameters.flatten(abstract(model_config))
   rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
+  preflight.check_projector(config, run.workdir, shapes)
   vdim = train_vdim.settle_vdim(config, run.workdir, model_config, shapes, mesh)
   identity = {
     "stage": name,

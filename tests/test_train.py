@@ -175,6 +175,12 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--config.pretrain.data.template=vicuna"], "unknown template 'vicuna'"),
     (["--config.pretrain.data.max_length=1"], "pretrain.data.max_length=1 must be 2 or more"),
     (["--config.model.remat=all"], "model.remat='all'"),
+    (
+      ["--config.finetune.parameters=(('(?!.*lora).*', 0.0), ('.*lora.*', 0.1))"],
+      "finetune.parameters freezes projector/dfi/kernel, which pretrain trains",
+    ),
+    (["--config.checkpoint_every=0"], "config.checkpoint_every=0 must be 1 or more"),
+    (["--config.evaluation.max_new_tokens=0"], "evaluation.max_new_tokens=0 must be 1 or more"),
   ],
 )
 def test_what_a_user_may_get_wrong(folder, capsys, options, words):
