@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
   examples = collections.defaultdict(list)
   out = open(args.out, "w", encoding="utf-8") if args.out else None
   try:
-    for finding in find_all(records, maker, settings.data.max_images, args.processes):
+    for finding in find_all(records, maker, settings.data.max_images, settings.seed, args.processes):
       counts[finding.unusable, finding.kind] += 1
       if len(examples[finding.kind]) < EXAMPLES:
         examples[finding.kind].append(finding)
@@ -77,18 +77,20 @@ def table(counts: collections.Counter, examples: dict[str, list[Finding]]) -> st
   return "\n".join(lines)
 
 
-def find_all(records: Records, maker: Processor | None, max_images: int, processes: int) -> Iterator[Finding]:
+def find_all(
+  records: Records, maker: Processor | None, max_images: int, seed: int, processes: int
+) -> Iterator[Finding]:
   """Findings in the order of the samples, with a progress bar."""
   parts = [range(start, min(start + SAMPLES, len(records))) for start in range(0, len(records), SAMPLES)]
   with tqdm(total=len(records), desc="check", unit="sample", dynamic_ncols=True, smoothing=0) as bar:
     if processes <= 1 or len(parts) == 1:
       for part in parts:
-        yield from find_in(records, part, maker, max_images)
+        yield from find_in(records, part, maker, max_images, seed)
         bar.update(len(part))
       return
     # Not forked: threads of the libraries already loaded would leave their locks behind.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(parts)), _remember, (records, maker, max_images)) as pool:
+    with context.Pool(min(processes, len(parts)), _remember, (records, maker, max_images, seed)) as pool:
       for part, findings in zip(parts, pool.imap(_find_remembered, parts)):
         yield from findings
         bar.update(len(part))
@@ -100,11 +102,11 @@ def _remember(*work) -> None:
 
 
 def _find_remembered(part: range) -> list[Finding]:
-  records, maker, max_images = _work
-  return find_in(records, part, maker, max_images)
+  records, *settings = _work
+  return find_in(records, part, *settings)
 
 
-def find_in(records: Records, part: range, maker: Processor | None, max_images: int) -> list[Finding]:
+def find_in(records: Records, part: range, maker: Processor | None, max_images: int, seed: int) -> list[Finding]:
   """Everything about some samples."""
   found = []
   for i in part:
@@ -123,7 +125,7 @@ def find_in(records: Records, part: range, maker: Processor | None, max_images: 
     missing = any(problem.kind == "missing image" for problem in problems)
     sizes = [] if missing else [_look_at(image, add) for image in sample.images]
     if maker is not None and not problems and None not in sizes:
-      _measure(sample, sizes, maker, add)
+      _measure(sample, sizes, maker, seed, add)
   return found
 
 
@@ -157,7 +159,7 @@ def _look_at(image: str | bytes, add) -> tuple[int, int] | None:
   return picture.size
 
 
-def _measure(sample: Sample, sizes: Sequence[tuple[int, int]], maker: Processor, add) -> None:
+def _measure(sample: Sample, sizes: Sequence[tuple[int, int]], maker: Processor, seed: int, add) -> None:
   """Whether a row has room for the sample, whose images have these (widths, heights)."""
   try:
     encoded = chat.encode(sample.turns, maker.template, maker.tokenizer, len(sizes), sample.system)
@@ -165,6 +167,7 @@ def _measure(sample: Sample, sizes: Sequence[tuple[int, int]], maker: Processor,
     add("template", True, str(error))
     return
   try:
+    sizes = maker.training_sizes(sample, sizes, seed)
     crops = sum(maker.image_cost(*size)[0] for size in sizes)
     length = len(maker.places(encoded, sizes).tokens)
   except DataError as error:

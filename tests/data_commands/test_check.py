@@ -144,6 +144,8 @@ def test_pictures_that_are_cut_into_slices_take_the_places_of_their_size(tmp_pat
   # 16 tokens of the whole picture; with slices 16 for each of five crops, eight newlines and a comma.
   assert one[1] == four[1] == "nothing to train on" and length(four) - length(one) == 5 * 16 + 9 - 16
   assert (1, "too many images") in [each[:2] for each in unusable("--max_length=256", "--max_images=4")]
+  one, *_ = unusable("--max_length=2", "--config.finetune.data.enlarge=1.0")
+  assert length(one) == length(four)  # the small picture is brought to as many slices
 
 
 def test_the_command_line(capsys):
