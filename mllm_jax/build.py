@@ -196,17 +196,6 @@ def check_fingerprints(meta: dict[str, Any], recipe: ModelRecipe, where: str) ->
 # ---- a trained model -------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-  """A trained model ready for use: `stage` says which stage's checkpoint it is, `step` at which step."""
-
-  model: Mllm
-  processor: Processor
-  config: Config
-  stage: str
-  step: int
-
-
 def is_run(path: str) -> bool:
   """Whether a path is the folder of a training run."""
   file = Path(path) / RUN_CONFIG
@@ -311,15 +300,6 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
     ordered = Chosen(Joined(*tensors), list(shapes))
     return assemble.StoredModel(manifest, ordered, str(Path(workdir) / folder.TOKENIZER)), config
   raise ConfigError(f"{workdir}: no checkpoint yet; train first, or wait for the first one")
-
-
-def restore(workdir: str, mesh: Mesh | None = None) -> Restored:
-  """The model of the last stage that has a checkpoint in `workdir`, and its processor. Raises as `open_run`."""
-  stored, config = open_run(workdir)
-  run = stored.manifest.run
-  model = put(stored, stored.config(config.model.dtype), mesh, None)
-  data = dataclasses.replace(getattr(config, run["stage"]).data, template=stored.manifest.template)
-  return Restored(model, make_processor(model.config, stored.tokenizer, data), config, run["stage"], run["step"])
 
 
 def open_any(path: str, **others: str) -> assemble.StoredModel:
