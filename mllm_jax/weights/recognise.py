@@ -304,7 +304,9 @@ def with_official_fields(found: Found, local: Path) -> Found:
   # LLaVA-UHD v2's code trains Qwen2 on its own conversations, with labels of its own.
   qwen = uhd and "decoder" in found.parts and found.parts["decoder"].config.attention_bias
   template = "chatml_released" if qwen else "vicuna_v1"
-  return dataclasses.replace(found, select_layer=layer, tower=str(tower), template=template)
+  # Its code pads where it is told to, and leaves everything else to the tower's own preprocessing.
+  images = {"image_aspect": "square"} if content.get("image_aspect_ratio") == "square" and not uhd else {}
+  return dataclasses.replace(found, select_layer=layer, tower=str(tower), template=template, images=images)
 
 
 def projector_alone(path: places.Place, weights: Weights) -> Found:
