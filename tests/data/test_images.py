@@ -32,6 +32,15 @@ def test_preprocessing_is_the_released_one(name, goldens):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_siglips_preprocessing_is_the_released_one(name, goldens):
+  golden = np.load(goldens / f"img_{name}.npz")
+  siglip = VisionConfig(image_size=384, patch_size=16, class_token=False, mean=(0.5,) * 3, std=(0.5,) * 3)
+  pixels = images.preprocess(Image.fromarray(golden["image_uint8"]), siglip)
+  normal = images.normalise(pixels, siglip.mean, siglip.std)
+  np.testing.assert_allclose(normal.transpose(2, 0, 1), golden["siglip.pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_cutting_to_a_square_is_clips_own_preprocessing(name, goldens):
   golden = np.load(goldens / f"img_{name}.npz")
   pixels = images.crop_to_square(Image.fromarray(golden["image_uint8"]), VISION)
