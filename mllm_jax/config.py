@@ -257,6 +257,10 @@ class DataConfig:
   "{workdir}" in a path stands for the run's folder. Samples longer than max_length are truncated after the visual
   tokens stand in them. max_images is the number of image crops a row has room for.
 
+  enlarge: of "slices", in training alone: the share of the pictures, drawn once for all epochs, that are brought to the
+    area of six slices if they would not have six. Where it is above 0, pictures whose path in the data names TextVQA
+    are brought to 1024 pixels along the longer side instead. The released loader has 0.1.
+
   batching:
     "fixed": a row is a sample, padded to max_length.
     "group": a row is a sample. Each step is what the released sampler with modality grouping gives; inside it the
@@ -275,6 +279,7 @@ class DataConfig:
   max_images: int = 1
   image_aspect: str = "pad"  # or "square" (cut), "anyres" (LLaVA-1.6's tiles), "tiles" (InternVL's), "slices" (UHD's)
   max_slices: int = 6  # of "slices" and "tiles": so many at most, and one crop more for the whole; 1: only the whole
+  enlarge: float = 0.0  # of "slices": pictures that training brings to six slices' area
   mix: tuple[tuple[str, str, str], ...] = ()
   on_bad_sample: str = "error"  # or "skip", "replace"
   max_bad_share: float = 0.01

@@ -1,9 +1,12 @@
 """Processors for a model: how images become crops of its tower, and which tokens stand between them."""
 
+import types
+
 from mllm_jax.config import ANY_ASPECT, ConfigError, DataConfig, ModelConfig, ProjectorConfig
 from mllm_jax.data import dynamic_tiles, slices
 from mllm_jax.data.aspects import Anyres, Aspect, Slices, Square, Tiles
 from mllm_jax.data.chat import ChatTokenizer, load_tokenizer
+from mllm_jax.data.enlarging import Enlarging
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 
@@ -11,9 +14,22 @@ IMAGE_ASPECTS = ("pad", "square", "anyres", "tiles", "slices")
 
 
 def make_processor(model: ModelConfig, tokenizer: str, data: DataConfig) -> Processor:
-  """What turns this model's conversations and images into rows. Raises ConfigError as `make_aspect`."""
+  """What turns this model's conversations and images into rows. Raises ConfigError as `make_aspect`, and for a
+  data.enlarge that is no share or not for slices."""
+  if not 0 <= data.enlarge <= 1 or (data.enlarge and data.image_aspect != "slices"):
+    raise ConfigError(
+      f"data.enlarge={data.enlarge} must be a share between 0 and 1, and 0 unless data.image_aspect is slices (it is "
+      f"{data.image_aspect!r}); 0.1 is LLaVA-UHD's"
+    )
   loaded = load_tokenizer(tokenizer)
-  return Processor(loaded, make_aspect(model, loaded, data), data.template, data.max_length, data.max_images)
+  aspect = make_aspect(model, loaded, data)
+  enlarging = Enlarging(model.vision, data.max_slices, data.enlarge) if data.enlarge else None
+  return Processor(loaded, aspect, data.template, data.max_length, data.max_images, enlarging)
+
+
+def shapes_aspect(model: ModelConfig, data: DataConfig) -> Aspect:
+  """`make_aspect` for those who ask for shapes and sizes only, and have no tokenizer: its token ids mean nothing."""
+  return make_aspect(model, types.SimpleNamespace(inside_id=lambda text: 0, specials={}), data)
 
 
 def make_aspect(model: ModelConfig, tokenizer: ChatTokenizer, data: DataConfig) -> Aspect:

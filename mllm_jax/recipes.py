@@ -207,7 +207,8 @@ def uhd(
     return uhd_demo(name, projector)
   if variant:
     raise ConfigError(f"configs/{name}.py has no variant {variant!r}; there is :demo")
-  slices = DataConfig(image_aspect="slices", max_slices=6, max_images=7, max_length=max_length)
+  # 0.1 is the released loader's (llava/train/train.py), in both stages and for both versions.
+  slices = DataConfig(image_aspect="slices", max_slices=6, max_images=7, max_length=max_length, enlarge=0.1)
   return Config(
     name=name,
     stages="vdim,pretrain,finetune" if projector.pyramid == "vdim" else "pretrain,finetune",

@@ -10,9 +10,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mllm_jax import build, preflight, recipes, sharding
+from mllm_jax import build, preflight, processors, recipes, sharding
 from mllm_jax.compilation import abstract_step
-from mllm_jax.config import Config, ConfigError, DataConfig, ModelConfig, StageConfig, from_dict, to_dict
+from mllm_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  ModelConfig,
+  ProjectorConfig,
+  StageConfig,
+  VisionConfig,
+  from_dict,
+  to_dict,
+)
+from mllm_jax.data.processor import empty_patches
 from mllm_jax.models import projectors
 
 ALL_RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -167,6 +178,16 @@ def test_packed_rows_are_compiled_as_long_as_they_are_trained(row_length, places
   assert abstract_step.batch(ModelConfig(), stage).tokens.shape == (1, 6, places)
 
 
+@pytest.mark.parametrize("side, aspect, patches", [(336, "slices", 576), (384, "slices", 752), (384, "pad", 27 * 27)])
+def test_crops_are_compiled_as_large_as_they_are_made(side, aspect, patches):
+  """SigLIP-so400m's 384 pixels are 27 patches of 14 and 6 pixels, which slices may use."""
+  model = ModelConfig(vision=VisionConfig(image_size=side), projector=ProjectorConfig(kind="hiwin"))
+  stage = StageConfig(data=DataConfig(image_aspect=aspect, max_images=7), batch_size=6)
+  assert abstract_step.batch(model, stage).patches.shape == (1, 6, 7, patches, 588)
+  made, _ = empty_patches(7, processors.shapes_aspect(model, stage.data))
+  assert made.shape == (7, patches, 588)
+
+
 def assert_traces(step: abstract_step.AbstractStep) -> None:
   with jax.set_mesh(step.mesh):
     after, metrics = jax.eval_shape(step.step, *step.arguments)
@@ -237,6 +258,8 @@ def test_the_hyper_parameters_of_llava_uhd(path):
   assert (config.pretrain.batch_size, config.finetune.batch_size) == (256, 128)
   assert (config.pretrain.data.max_slices, config.finetune.data.max_slices) == (1, 6)
   assert config.finetune.lora.rank == 0 and config.finetune.data.image_aspect == "slices"
+  enlarged = lambda config: (config.pretrain.data.enlarge, config.finetune.data.enlarge)
+  assert enlarged(config) == (0.1, 0.1) and enlarged(load(path, "demo")) == enlarged(load(LLAVA[0])) == (0.0, 0.0)
   with pytest.raises(ConfigError, match="no variant 'demos'; there is :demo"):
     load(path, "demos")
 

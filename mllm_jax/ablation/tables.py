@@ -4,6 +4,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,7 +139,8 @@ def notes(rows: Sequence[Result], equal: dict, differ: dict) -> list[str]:
 
 def page(suite: str, rows: Sequence[Result], equal: dict, differ: dict, options: dict[str, list[str]]) -> str:
   """The HTML."""
-  texts = "".join(f"<p class='note'>{escape(line)}</p>" for line in notes(rows, equal, differ) if line)
+  marked = [re.sub("`(.+?)`", r"<code>\1</code>", escape(line)) for line in notes(rows, equal, differ) if line]
+  texts = "".join(f"<p class='note'>{line}</p>" for line in marked)
   names = kinds_of(rows)
   kinds = [[row.label, *(score(row, f"{SCORE}/{name}") for name in names)] for row in rows]
   commands = [[label, " ".join(each)] for label, each in options.items()]

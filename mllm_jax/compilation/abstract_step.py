@@ -17,6 +17,7 @@ from mllm_jax.config import Config, ModelConfig, ModelRecipe, StageConfig, VdimS
 from mllm_jax.data.batching import packed_length
 from mllm_jax.data.image_batches import ImageBatch
 from mllm_jax.models.mllm import abstract
+from mllm_jax.processors import shapes_aspect
 from mllm_jax.training import optimizer as optimizer_lib
 from mllm_jax.training import step as step_lib
 from mllm_jax.training import vdim_step
@@ -97,8 +98,9 @@ def _assembled(
 
 
 def batch(model: ModelConfig, stage: StageConfig) -> Batch:
-  """Shapes of a step's batch [A, B, ...]; of "group", of one whose micro-batches all have the longest bucket."""
-  data, vision = stage.data, model.vision
+  """Shapes of a step's batch [A, B, ...]; of "group", of one whose micro-batches all have the longest bucket. Raises
+  ConfigError where the model cannot read data.image_aspect."""
+  data = stage.data
   places = packed_length(data) if data.batching == "pack" else data.max_length
   rows = (stage.accumulation, stage.batch_size // stage.accumulation)
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct((*rows, *dims), dtype)
@@ -106,7 +108,7 @@ def batch(model: ModelConfig, stage: StageConfig) -> Batch:
   return Batch(
     **{name: shape(jnp.int32, places) for name in ids},
     loss_weights=shape(jnp.float32, places),
-    patches=shape(jnp.uint8, data.max_images, vision.grid**2, vision.patch_values),
+    patches=shape(jnp.uint8, data.max_images, shapes_aspect(model, data).patches, model.vision.patch_values),
     grids=shape(jnp.int32, data.max_images, 2),
   )
 

@@ -12,7 +12,6 @@ branch released for these two does it: finetune.data.max_slices=5 and model.proj
 
 import dataclasses
 import math
-import types
 from typing import Any
 
 from mllm_jax import build, flops, parameters, preflight
@@ -21,7 +20,7 @@ from mllm_jax.config import Config, ConfigError, DataConfig, LoraConfig, ModelCo
 from mllm_jax.data.aspects import Aspect
 from mllm_jax.data.tiles import GRIDS
 from mllm_jax.models.mllm import abstract
-from mllm_jax.processors import make_aspect
+from mllm_jax.processors import shapes_aspect
 
 BYTES = 2  # bfloat16
 PARTS = ("vision", "projector", "decoder")
@@ -83,7 +82,7 @@ def summarise(config: Config) -> Summary:
 def largest_image(model: ModelConfig, data: DataConfig) -> tuple[Aspect, tuple[int, int]]:
   """How images are cut, and the size (width, height) of the largest that is not shrunk: of as many whole squares of the
   tower as there are crops besides the overview, in the grid nearest to a square."""
-  aspect = make_aspect(model, types.SimpleNamespace(inside_id=lambda text: 0, specials={}), data)
+  aspect = shapes_aspect(model, data)
   grids = [(1, 1)]
   if data.image_aspect == "anyres":
     grids = GRIDS

@@ -74,7 +74,7 @@ def measure(
     progress: is told how many more samples are done.
     policy: what becomes of a sample that no row can be made of, as in `bad_samples`. One that is replaced has the
       lengths of the sample in its place.
-    seed: chooses that one.
+    seed: chooses that one, and the images that are enlarged.
     problems: is given what `records.check` finds, in the same pass, and what else no row can be made of; with "error"
       such samples then count as nothing.
 
@@ -124,8 +124,8 @@ def measured(
 
 def fingerprint(records: Records, processor: Processor, policy: str = "error", seed: int = 0) -> str | None:
   """A hash of what the lengths depend on: the data's files with sizes and dates, which of their samples are taken, the
-  tokenizer, the template, the crops, and what becomes of bad samples. None where no date tells the state of the data:
-  a JSON file in a bucket, a TensorFlow data set."""
+  tokenizer, the template, the crops, which images are enlarged, and what becomes of bad samples. None where no date
+  tells the state of the data: a JSON file in a bucket, a TensorFlow data set."""
   state = source_state(records)
   if state is None:
     return None
@@ -134,9 +134,9 @@ def fingerprint(records: Records, processor: Processor, policy: str = "error", s
     state,
     processor.tokenizer.__reduce__()[1],
     processor.template,
-    repr(processor.aspect),
+    repr((processor.aspect, processor.enlarging)),
     processor.max_images,
-    [policy, seed if policy == "replace" else 0],
+    [policy, seed if policy == "replace" or processor.enlarging else 0],
   ]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -245,7 +245,8 @@ class _Measure:
     if not maker.aspect.by_size:  # then no image need be looked at
       crops, visual = len(sample.images), len(sample.images) * maker.tokens_per_crop
     else:
-      costs = [maker.image_cost(*images.size(image)) for image in sample.images]
+      sizes = maker.training_sizes(sample, [images.size(image) for image in sample.images], self._seed)
+      costs = [maker.image_cost(*size) for size in sizes]
       crops, visual = (sum(cost) for cost in zip((0, 0), *costs))
     if crops > maker.max_images:
       raise DataError(f"{crops} crops, and a row has room for {maker.max_images}; raise data.max_images")

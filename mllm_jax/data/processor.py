@@ -11,6 +11,7 @@ from PIL import Image
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import chat, images, layout
 from mllm_jax.data.aspects import Aspect
+from mllm_jax.data.enlarging import Enlarging
 from mllm_jax.data.patches import patchify
 from mllm_jax.data.records import IMAGE_PLACEHOLDER, DataError, Sample, Turn
 
@@ -40,6 +41,7 @@ class Processor:
     template: a name in `chat.TEMPLATES`.
     max_length: places in a training row.
     max_images: crops a row has room for (K); an image takes one, or up to `aspect.most_crops`.
+    enlarging: changes the sizes of training samples' images before they are cut; never those of a prompt.
 
   Raises:
     DataError: an unknown template, or one that needs special tokens which the tokenizer does not have.
@@ -52,12 +54,14 @@ class Processor:
     template: str,
     max_length: int,
     max_images: int,
+    enlarging: Enlarging | None = None,
   ):
     self.tokenizer = tokenizer
     self.aspect = aspect
     self.template = template
     self.max_length = max_length
     self.max_images = max_images
+    self.enlarging = enlarging
     chat.end_id(template, tokenizer)  # raises where the two do not fit, before any sample is read
 
   @property
@@ -75,8 +79,10 @@ class Processor:
     """The token that ends an answer."""
     return chat.end_id(self.template, self.tokenizer)
 
-  def row(self, sample: Sample) -> Row:
+  def row(self, sample: Sample, seed: int = 0) -> Row:
     """A training row of max_length places; a sample without images has black patches and grids of 0.
+
+    `seed` is that of `enlarging`.
 
     Raises:
       DataError: the sample has a problem that `records.check` reports, an image cannot be decoded, or no trained-on
@@ -85,7 +91,7 @@ class Processor:
     try:
       encoded = chat.encode(sample.turns, self.template, self.tokenizer, len(sample.images), sample.system)
       self._check_room(len(sample.images))
-      pictures = [images.load(path) for path in sample.images]
+      pictures = self.pictures(sample, seed)
       places = self.places(encoded, [picture.size for picture in pictures], self.max_length)
       if not places.loss_weights.any():
         raise DataError(self._nothing_left(encoded, [picture.size for picture in pictures]))
@@ -94,19 +100,32 @@ class Processor:
       raise DataError(f"{sample.name}: {error}") from error
     return Row(*layout.pad(places, self.max_length), patches, grids)
 
+  def pictures(self, sample: Sample, seed: int = 0) -> list[Image.Image]:
+    """A training sample's images as they are cut into crops. Raises DataError for one that cannot be used."""
+    loaded = [images.load(path) for path in sample.images]
+    sizes = self.training_sizes(sample, [picture.size for picture in loaded], seed)
+    return [
+      picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+      for picture, size in zip(loaded, sizes, strict=True)
+    ]
+
+  def training_sizes(self, sample: Sample, sizes: Sequence[tuple[int, int]], seed: int) -> Sequence[tuple[int, int]]:
+    """The (widths, heights) of `pictures`, from those of the sample's images."""
+    return sizes if self.enlarging is None else self.enlarging.sizes(sample, sizes, seed)
+
   def empty_row(self) -> Row:
     """A training row of padding alone, which stands where a sample is skipped."""
     nothing = layout.RowArrays(*(np.zeros(0, dtype) for dtype in layout.DTYPES))
     return Row(*layout.pad(nothing, self.max_length), *self._patches([]))
 
-  def packed_row(self, samples: Sequence[Sample], length: int) -> Row:
+  def packed_row(self, samples: Sequence[Sample], length: int, seed: int = 0) -> Row:
     """A training row of `length` places that samples share, each cut to max_length; without any, a row of padding.
 
     Raises:
       DataError: as from `row`, or the samples have more crops than max_images. The message names the sample.
       ValueError: they take more than `length` places.
     """
-    rows = [self.with_room(len(sample.images)).row(sample) for sample in samples]
+    rows = [self.with_room(len(sample.images)).row(sample, seed) for sample in samples]
     return join_rows(rows, length, self.max_images, self.aspect)
 
   def prompt(

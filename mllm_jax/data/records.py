@@ -52,6 +52,7 @@ class Sample:
   category: what an evaluation counts the sample under ("" if nothing).
   system: replaces the template's system text; None keeps it.
   source: the file it came from.
+  names: the images' paths as the file has them; () where nothing says them.
   """
 
   id: str
@@ -61,6 +62,7 @@ class Sample:
   category: str = ""
   system: str | None = None
   source: str = ""
+  names: tuple[str, ...] = ()
 
   @property
   def name(self) -> str:
@@ -110,8 +112,9 @@ def parse_sample(raw: Any, index: int, source: str, image_folder: str) -> Sample
     if isinstance(identity, bool) or not isinstance(identity, str | int):
       raise DataError(f"id is a {type(identity).__name__}; write a text or an integer")
     system, turns = _turns(raw.get("conversations"))
-    images = tuple([join_image(image_folder, path) for path in _image_paths(raw.get("image"))])
-    return Sample(str(identity), index, images, turns, _text(raw, "category"), system, source)
+    names = tuple(_image_paths(raw.get("image")))
+    images = tuple([join_image(image_folder, name) for name in names])
+    return Sample(str(identity), index, images, turns, _text(raw, "category"), system, source, names)
   except DataError as error:
     name = _name(source, index, raw.get("id", index) if isinstance(raw, dict) else None)
     separator = ", " if str(error).startswith("turn ") else ": "

@@ -112,18 +112,18 @@ def long_side(size: tuple[int, int], length: int) -> tuple[int, int]:
   for pictures of TextVQA).
   """
   width, height = size
-  if width >= height:
-    return length, max(int(length / (width / height)), 1)
-  return max(int(length * (width / height)), 1), length
+  if width > height:
+    return length, max(int(length / width * height), 1)
+  return max(int(length / height * width), 1), length
 
 
 def to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
   """The size (width, height) of the same shape with about `area` pixels.
 
-  With six times the tower's area, most pictures give six slices: the released code does that to one picture in ten.
+  With six times the tower's area, most pictures give six slices.
   """
   width, height = size
-  scale = math.sqrt(area / (width * height))
+  scale = math.sqrt(area / height / width)  # in the released order, on which the last pixel may depend
   return max(int(width * scale), 1), max(int(height * scale), 1)
 
 

@@ -91,6 +91,7 @@ def test_the_tables(folder, capsys):
   html = (folder / "out" / "table.html").read_text()
   drawing = ElementTree.fromstring(re.search(r"<svg.*?</svg>", html)[0])
   assert "Second &amp; &lt;last&gt;" in html and "<last>" not in html
+  assert "<code>python -m mllm_jax.compile --summary</code>" in html
   middle = [float(bar.get("x1")) for bar in drawing.iter("line") if bar.get("class") == "mean"]
   ticks = {text.text: float(text.get("x")) for text in drawing.iter("text") if (text.text or "").isdigit()}
   place = lambda percent: ticks["40"] + (ticks["80"] - ticks["40"]) * (percent - 40) / 40
@@ -150,7 +151,7 @@ def test_rows_share_a_vdim(folder):
 def test_without_its_vdim_a_row_is_not_trained(folder, capsys):
   behave(folder, vdim="fail")
   assert run(folder, "--only=With VDIM", suite="vdims") == 1
-  assert trained(folder) == ["vdim/seed-0", "stage_vdim/seed-1"]
+  assert trained(folder) == ["stage_vdim/seed-0", "stage_vdim/seed-1"]
   assert "With VDIM, seed 0 has no VDIM" in capsys.readouterr().out
 
 

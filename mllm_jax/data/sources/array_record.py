@@ -5,13 +5,15 @@ A record (version 1) is, in this order:
   4 bytes  b"MLLM"
   1 byte   1, the version
   4 bytes  the header's length, little-endian
-  header   UTF-8 JSON: a LLaVA sample without "image", and "images": the bytes of each encoded image, in order
+  header   UTF-8 JSON: a LLaVA sample, whose "image" only says where the images came from, and "images": the bytes of
+           each encoded image, in order
   images   one behind the other
 
 A folder of shards that `prepare` finished has a manifest.json that says how many records each has, and beside each
 shard its `outlines`.
 """
 
+import dataclasses
 import fnmatch
 import functools
 import glob
@@ -44,11 +46,12 @@ def encode_record(sample: Sample, images: Sequence[bytes]) -> bytes:
 
 
 def header_of(sample: Sample) -> dict:
-  """A LLaVA sample without its images, from which `parse_sample` makes it again."""
+  """A LLaVA sample with its images' names alone, from which `parse_sample` makes it again."""
   turns = [{"from": "system", "value": sample.system}] if sample.system is not None else []
   for turn in sample.turns:
     turns.append({"from": turn.role, "value": turn.text} | ({"category": turn.category} if turn.category else {}))
-  return {"id": sample.id, "conversations": turns} | ({"category": sample.category} if sample.category else {})
+  names = {"image": list(sample.names)} if sample.names else {}
+  return {"id": sample.id, "conversations": turns} | names | ({"category": sample.category} if sample.category else {})
 
 
 def decode_record(record: bytes, index: int, source: str) -> Sample:
@@ -71,7 +74,7 @@ def decode_record(record: bytes, index: int, source: str) -> Sample:
     raise DataError(f"{name}: has {len(record)} bytes where {int(stops[-1])} are announced; write the shard again")
   sample = parse_sample(header, index, source, "")
   images = tuple(record[a:b] for a, b in zip(stops.tolist(), stops.tolist()[1:]))
-  return Sample(sample.id, index, images, sample.turns, sample.category, sample.system, source)
+  return dataclasses.replace(sample, images=images)
 
 
 class ArrayRecords(Records):

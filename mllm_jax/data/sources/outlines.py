@@ -5,6 +5,7 @@ they need beside each shard, a file NAME.outlines.gz of JSON lines, so that a ma
 megabytes of texts and not every image of the bucket before its first step.
 """
 
+import dataclasses
 import functools
 import gzip
 import json
@@ -70,7 +71,7 @@ class Outlines(Records):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise PlaceError(f"{path}, line {index - first + 1}: is damaged ({error}); prepare the shards again") from error
     sample = parse_sample(header, index, self.source, "")
-    return Sample(sample.id, index, sizes, sample.turns, sample.category, sample.system, self.source)
+    return dataclasses.replace(sample, images=sizes)
 
 
 @functools.lru_cache(OPEN)
