@@ -205,9 +205,9 @@ def of_llava_hf(path: places.Place, local: Path, names: list[str], content: dict
     ),
     "projector": part(ProjectorConfig(kind="mlp2x_gelu"), lambda config, grid: mlp.table()),
   }
-  return Found(
-    str(path), "LLaVA-1.5 as transformers stores it", parts, tokenizer_of(local, names), notes=cropping(local)
-  )
+  notes, images = shaping(local)
+  tokenizer = tokenizer_of(local, names)
+  return Found(str(path), "LLaVA-1.5 as transformers stores it", parts, tokenizer, notes=notes, images=images)
 
 
 def of_internvl(path: places.Place, local: Path, names: list[str], content: dict[str, Any]) -> Found:
@@ -246,16 +246,24 @@ def of_internvl(path: places.Place, local: Path, names: list[str], content: dict
   return Found(str(path), "InternVL 2", parts, tokenizer, template, notes=notes, images=images)
 
 
-def cropping(local: Path) -> tuple[str, ...]:
-  """A note where the processor of a llava-hf checkpoint cuts pictures to a square, since ours pads them."""
+def shaping(local: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+  """(notes, `Found.images`) of a llava-hf checkpoint, by how its processor makes pictures square.
+
+  Ours pads them unless it says outright that it pads none. llava-hf's own say nothing and cut, though the models were
+  trained on padded pictures.
+  """
   file = local / "preprocessor_config.json"
   content = read_json(file, "how images are prepared") if file.is_file() else {}
-  if not content.get("do_center_crop", False) or content.get("do_pad", False):
-    return ()
-  return (
+  cuts = content.get("do_center_crop", False) and not content.get("do_pad", False)
+  if content.get("do_pad") is False and (cuts or content.get("image_processor_type") == "SiglipImageProcessor"):
+    return (), {"image_aspect": "square"}
+  if not cuts:
+    return (), {}
+  note = (
     "its preprocessor_config.json cuts pictures to a square; here they are padded to one, as the released LLaVA-1.5 "
-    "was trained",
+    "was trained"
   )
+  return (note,), {}
 
 
 def of_official(path: places.Place, local: Path, names: list[str], family) -> Found:

@@ -59,6 +59,27 @@ def test_a_released_model_is_asked_as_its_own_code_would(tmp_path, field, cut):
 
 
 @pytest.mark.parametrize(
+  "processor, noted, found",
+  [
+    ({"do_center_crop": True}, 1, {}),  # llava-hf's own
+    ({"do_center_crop": True, "do_pad": True}, 0, {}),
+    ({"do_center_crop": True, "do_pad": False}, 0, {"image_aspect": "square"}),  # ours
+    ({"image_processor_type": "SiglipImageProcessor", "do_pad": False}, 0, {"image_aspect": "square"}),
+    ({"do_pad": False}, 0, {}),
+    (None, 0, {}),
+  ],
+)
+def test_pictures_are_cut_where_a_processor_says_so_outright(tmp_path, processor, noted, found):
+  folder = layouts.llava_hf_folder(tmp_path / "model", layouts.model())
+  (folder / "preprocessor_config.json").unlink(missing_ok=True)
+  if processor is not None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+  stored = assemble.open_model(str(folder))
+  assert stored.manifest.images == found
+  assert sum("cuts pictures to a square" in note for note in stored.notes) == noted
+
+
+@pytest.mark.parametrize(
   "fields,told",
   [
     ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type='flat'"),
