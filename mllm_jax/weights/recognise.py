@@ -138,9 +138,14 @@ def of_adapter(path: places.Place, local: Path, names: list[str]) -> Found:
   found = Found(
     str(path), f"PEFT adapter of rank {lora.rank}", parts, base=str(content.get("base_model_name_or_path") or "")
   )
+  of_blocks = peft.of_blocks(weights.names())
   if "non_lora_trainables.bin" not in names:
+    if of_blocks:
+      raise WeightsError(f"{path} adapts {of_blocks[0]} of a projector; copy the run's non_lora_trainables.bin there")
     return found
   trained = open_weights(places.join(path, "non_lora_trainables.bin"))
+  if of_blocks:
+    trained = peft.Folded(trained, weights.weights, peft.read_settings(path))
   family = f"{projector_family(trained)} with LoRA of rank {lora.rank}, as the released code leaves it"
   content = read_json(local / "config.json", "") if "config.json" in names else {}
   parts["projector"] = projector_part(path, trained, content)
