@@ -288,10 +288,11 @@ def test_previews(url, processor):
   wait_for(lambda: url.front.open == 0)
 
 
-def test_frames_of_pictures_that_are_padded(processor):
+def test_frames_of_pictures_that_are_padded_or_cut(processor):
   vision = processor.vision
   found = preview(Square(vision, 16), 100, 40)
   assert (found["frame"], found["crops"], found["columns"]) == ([0, -30, 100, 100], 1, 0)
+  assert preview(Square(vision, 16, cut=True), 100, 40)["frame"] == [30, 0, 40, 40]
   found = preview(Anyres(vision, 16), 100, 40)  # two tiles side by side: a shape of 2 to 1
   assert (found["frame"], found["crops"], found["columns"], found["rows"]) == ([0, -5, 100, 50], 3, 2, 1)
   assert found["visual_tokens"] < found["places"]

@@ -66,8 +66,9 @@ class UhdV1Resampler(nnx.Module):
 
 
 class Mlp144(nnx.Module):
-  """Every level resized to g x g bilinearly, the channels side by side, then exact GELU and Linear, twice: as released,
-  a GELU comes first (LLaVA-UHD v2, figure 5a). Raises ConfigError for levels that do not grow.
+  """Every level resized to g x g bilinearly, the channels side by side, then exact GELU and Linear (LLaVA-UHD v2,
+  figure 5a): once with three levels, as in the released code's `mlp144`, else twice, as in its `mlp-v2` of two. Raises
+  ConfigError for levels that do not grow.
   """
 
   def __init__(self, levels: tuple[int, ...], vision_width: int, width: int, *, query_grid: int = 12, rngs: nnx.Rngs):
@@ -76,7 +77,7 @@ class Mlp144(nnx.Module):
       raise ConfigError(f"projector.query_grid={query_grid} must be at least 1")
     self.levels, self.query_grid = tuple(levels), query_grid
     self.fc1 = Linear(len(levels) * vision_width, width, bias=True, rngs=rngs)
-    self.fc2 = Linear(width, width, bias=True, rngs=rngs)
+    self.fc2 = None if len(levels) == 3 else Linear(width, width, bias=True, rngs=rngs)
 
   def fold(self, dtype: jnp.dtype) -> None:
     """Nothing is worth making once for many crops."""
@@ -90,7 +91,8 @@ class Mlp144(nnx.Module):
     check_maps(self.levels, levels)
     resized = [resize(levels[level], grids * 2**level, self.query_grid) for level in self.levels]
     gelu = lambda x: jax.nn.gelu(x, approximate=False)
-    return self.fc2(gelu(self.fc1(gelu(jnp.concatenate(resized, -1)))))
+    tokens = self.fc1(gelu(jnp.concatenate(resized, -1)))
+    return tokens if self.fc2 is None else self.fc2(gelu(tokens))
 
 
 class Perceiver(nnx.Module):
