@@ -18,7 +18,8 @@ def preview(aspect: Aspect, width: int, height: int) -> Mapping:
   crops, places = aspect.crops_of(width, height), aspect.places(width, height).rows
   columns, rows = aspect.tiling(width, height)
   cut = isinstance(aspect, Square) and aspect.cut
-  if isinstance(aspect, Slices | Tiles) or (cut and not aspect.vision.class_token):  # SigLIP's square is the whole, squeezed
+  squeezed = isinstance(aspect, Tiles) or (cut and not aspect.vision.class_token)  # SigLIP's square is the whole picture
+  if isinstance(aspect, Slices) or squeezed:
     frame = (0, 0, width, height)
   else:
     ratio = columns / rows if isinstance(aspect, Anyres) else 1.0
