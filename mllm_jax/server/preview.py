@@ -18,7 +18,7 @@ def preview(aspect: Aspect, width: int, height: int) -> Mapping:
   crops, places = aspect.crops_of(width, height), aspect.places(width, height).rows
   columns, rows = aspect.tiling(width, height)
   cut = isinstance(aspect, Square) and aspect.cut
-  squeezed = isinstance(aspect, Tiles) or (cut and not aspect.vision.class_token)  # SigLIP's square is the whole picture
+  squeezed = isinstance(aspect, Tiles) or (cut and not aspect.vision.class_token)  # SigLIP's square is the whole
   if isinstance(aspect, Slices) or squeezed:
     frame = (0, 0, width, height)
   else:
