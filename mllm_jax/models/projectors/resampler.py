@@ -25,26 +25,17 @@ class UhdV1Resampler(nnx.Module):
   """The resampler of LLaVA-UHD v1 as the v2 authors released it for comparison: window attention on the ViT's own map
   with one set of queries, then a norm and a matrix.
 
-  Raises ConfigError for a width that heads do not divide, or an unknown pooling.
+  Raises ConfigError for a width that heads do not divide.
   """
 
-  def __init__(
-    self,
-    vision_width: int,
-    width: int,
-    *,
-    query_grid: int = 12,
-    pooling: str = "selective",
-    head_width: int = 128,
-    rngs: nnx.Rngs,
-  ):
+  def __init__(self, vision_width: int, width: int, *, query_grid: int = 12, head_width: int = 128, rngs: nnx.Rngs):
     self.attention = WindowAttention(
       (0,),
       vision_width,
       width,
       query_sets=1,
       query_grid=query_grid,
-      pooling=pooling,
+      pooling="selective",
       head_width=head_width,
       marked=False,
       rngs=rngs,
