@@ -2,14 +2,16 @@
 
 Trains the rows of a suite on the demo's digits, one after another, with the same data, questions, seeds and, where the
 recipes allow, steps and batches; the tables say what is not the same. After each run it writes WORKDIR/table.md,
-table.json and table.html. Started again, it takes the runs that are done and continues the one that was interrupted. A
-run that fails is named, and the next begins. Exit status: 0 done, 1 a run failed, 2 something to put right first,
+table.json and table.html. Started again, it takes the runs that are done and continues the one that was interrupted;
+what another suite has trained already, in its folder beside this one, is taken too. A run that fails is named, and the
+next begins. Exit status: 0 done, 1 a run failed, 2 something to put right first,
 128 + n stopped by signal n.
 """
 
 import argparse
 import fcntl
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -86,7 +88,7 @@ def ablate(suite: str, seeds: int, workdir: Path, only: Sequence[str], kinds: bo
     for number, run in enumerate(runs, start=1):
       name = f"{run.label}, seed {run.seed}"
       if run.finished():
-        print(f"{number} of {len(runs)}: {name} is done already", flush=True)
+        print(f"{number} of {len(runs)}: {name} is done already, in {run.folder}", flush=True)
         continue
       if run.vdim in failed:
         print(f"{number} of {len(runs)}: {name} has no VDIM", flush=True)
@@ -109,13 +111,18 @@ def ablate(suite: str, seeds: int, workdir: Path, only: Sequence[str], kinds: bo
 
 
 def state(runs: Sequence[Run], failed: Sequence[Run]) -> str:
-  """How many runs are done, and how long the rest takes if each takes as long as the median of those."""
-  times = sorted(content["seconds"] for run in runs if (content := run.finished()) and not run.trains_vdim)
+  """How many runs are done, and how long the rest takes if each takes as long as the median of its like: of rows, or of
+  VDIM's stages, which are short."""
   left = [run for run in runs if not run.finished() and run not in failed]
+  lasted = {False: [], True: []}
+  for run in runs:
+    if content := run.finished():
+      lasted[run.trains_vdim].append(content["seconds"])
   line = f"---- {len(runs) - len(left) - len(failed)} of {len(runs)} runs done"
   line += f", {len(failed)} failed" if failed else ""
-  if left and times:
-    line += f", about {len(left) * times[len(times) // 2] / 60:.0f} minutes left"
+  if left and lasted[False]:
+    seconds = sum(statistics.median(lasted[run.trains_vdim] or [0]) for run in left)
+    line += f", about {seconds / 60:.0f} minutes left"
   return line + " ----"
 
 

@@ -196,17 +196,6 @@ def check_fingerprints(meta: dict[str, Any], recipe: ModelRecipe, where: str) ->
 # ---- a trained model -------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-  """A trained model ready for use: `stage` says which stage's checkpoint it is, `step` at which step."""
-
-  model: Mllm
-  processor: Processor
-  config: Config
-  stage: str
-  step: int
-
-
 def is_run(path: str) -> bool:
   """Whether a path is the folder of a training run."""
   file = Path(path) / RUN_CONFIG
@@ -313,15 +302,6 @@ def open_run(workdir: str) -> tuple[assemble.StoredModel, Config]:
   raise ConfigError(f"{workdir}: no checkpoint yet; train first, or wait for the first one")
 
 
-def restore(workdir: str, mesh: Mesh | None = None) -> Restored:
-  """The model of the last stage that has a checkpoint in `workdir`, and its processor. Raises as `open_run`."""
-  stored, config = open_run(workdir)
-  run = stored.manifest.run
-  model = put(stored, stored.config(config.model.dtype), mesh, None)
-  data = dataclasses.replace(getattr(config, run["stage"]).data, template=stored.manifest.template)
-  return Restored(model, make_processor(model.config, stored.tokenizer, data), config, run["stage"], run["step"])
-
-
 def open_any(path: str, **others: str) -> assemble.StoredModel:
   """The model at a path: a folder that this project wrote, a training run's, or a checkpoint of any family that
   `weights.recognise` knows. `others` are those of `assemble.open_model`; they replace parts."""
@@ -368,15 +348,20 @@ def load(
       f"{path} holds no tokenizer; name the language model's folder (llm=...) or copy its tokenizer there"
     )
   model = put(stored, stored.config(dtype or ""), mesh, dtype)
-  projector = model.config.projector
+  data = dataclasses.replace(data_of(stored), **({"max_slices": max_slices} if max_slices else {}))
+  return model, make_processor(model.config, stored.tokenizer, data)
+
+
+def data_of(stored: assemble.StoredModel) -> DataConfig:
+  """How a stored model reads conversations and images: as in training, or, where nothing says that, as its projector
+  tells. Raises WeightsError where it has none."""
+  projector = stored.config().projector
   # A model that takes any shape, or has a token between rows of tiles, was trained so.
   aspect = "slices" if projector.any_aspect else "anyres" if projector.image_newline else "pad"
   data = DataConfig(template=stored.manifest.template, max_length=DEFAULT_LENGTH, image_aspect=aspect)
   if projector.kind in SHUFFLED:
     data = dataclasses.replace(data, image_aspect="tiles", max_slices=INTERNVL_TILES, max_length=INTERNVL_LENGTH)
-  images = dict(stored.manifest.images) | ({"max_slices": max_slices} if max_slices else {})
-  data = dataclasses.replace(data, **images)
-  return model, make_processor(model.config, stored.tokenizer, data)
+  return dataclasses.replace(data, **stored.manifest.images)
 
 
 def put(stored: assemble.StoredModel, config: ModelConfig, mesh: Mesh | None, dtype: str | None) -> Mllm:

@@ -277,7 +277,7 @@ class DataConfig:
   template: str = "vicuna_v1"  # or another of data/templates.py, such as "plain", "chatml", "llava_llama_3", "jinja"
   max_length: int = 2048
   max_images: int = 1
-  image_aspect: str = "pad"  # or "anyres" (LLaVA-1.6's tiles), "tiles" (InternVL's), "slices" (LLaVA-UHD's)
+  image_aspect: str = "pad"  # or "square" (cut), "anyres" (LLaVA-1.6's tiles), "tiles" (InternVL's), "slices" (UHD's)
   max_slices: int = 6  # of "slices" and "tiles": so many at most, and one crop more for the whole; 1: only the whole
   enlarge: float = 0.0  # of "slices": pictures that training brings to six slices' area
   mix: tuple[tuple[str, str, str], ...] = ()

@@ -8,6 +8,8 @@ from mllm_jax.config import Config, ConfigError, ModelConfig, StageConfig, VdimS
 
 # jax and orbax are imported where they are used, so that a mistyped command is answered at once.
 
+HOW = ("attention", "packed", "remat")  # a model is computed, which may change from stage to stage and within one
+
 
 def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: dict, mesh) -> dict:
   """What pretrain trained of the projector in the same workdir, by path; {} where a released one is named instead.
@@ -51,9 +53,9 @@ def pretrained_projector(config: Config, workdir: Path, identity: dict, shapes: 
 
 
 def model_identity(model: ModelConfig) -> dict:
-  """What of a model's configuration decides its result; not what only says how attention is computed. int8_decoder,
-  which older checkpoints do not know, stands there where it is used."""
-  left_out = {"attention", "packed"} | ({"int8_decoder"} if not model.int8_decoder else set())
+  """What of a model's configuration decides its result, not HOW it is computed. int8_decoder, which older checkpoints
+  do not know, stands there where it is used."""
+  left_out = {*HOW} | ({"int8_decoder"} if not model.int8_decoder else set())
   return {key: value for key, value in to_dict(model).items() if key not in left_out}
 
 
@@ -80,6 +82,8 @@ def check_identity(saved: dict, now: dict, folder: Path) -> None:
     return [] if a == b else [f"{path.lstrip('.')}: {a} in the checkpoint, {b} now"]
 
   now, defaults = json.loads(json.dumps(now)), json.loads(json.dumps(defaults))
+  # Older checkpoints have some of it.
+  saved = saved | {"model": {key: value for key, value in saved["model"].items() if key not in HOW}}
   found = [line for key in now for line in differences(saved.get(key), now[key], defaults.get(key), key)]
   if found:
     raise ConfigError(

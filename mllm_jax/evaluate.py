@@ -150,7 +150,7 @@ def stored_head(path: Path) -> dict:
 def describe(path: str) -> dict:
   """What tells a model from others before it is loaded: name, fingerprint of its parameters and its template, and
   whether it sees pictures padded to a square."""
-  from mllm_jax.build import open_any
+  from mllm_jax.build import data_of, open_any
 
   stored = open_any(path)
   hashed = hashlib.sha256(stored.manifest.template.encode())
@@ -160,9 +160,8 @@ def describe(path: str) -> dict:
     hashed.update(f"{name} {shape} {stored.tensors.dtype(name)}".encode())
     hashed.update(stored.tensors.read(name, corner).tobytes())
     stored.tensors.release(name)
-  projector = stored.config().projector
   name = os.path.basename(os.path.normpath(path))
-  padded = not (projector.any_aspect or projector.image_newline)
+  padded = data_of(stored).image_aspect == "pad"
   return {"model": name, "fingerprint": hashed.hexdigest()[:16], "padded": padded}
 
 

@@ -138,7 +138,7 @@ def part_flops(
   total = dict.fromkeys(("vision", "projector", "decoder"), 0.0)
   for path, x in shapes.items():
     if path.startswith("projector/pyramid/"):
-      rows, inputs = _pyramid_rows(path, x, work), convnext or vision
+      rows, inputs = _pyramid_rows(path, work), convnext or vision
     elif path.startswith("projector/sfe/") and "/layers/" in path:
       rows, inputs = _block_rows(path, sizes) * path.endswith("/kernel"), vision or projector
     elif path.startswith("projector/"):
@@ -199,7 +199,7 @@ def vdim_flops(vision: VisionConfig, stage: VdimStage, shapes: Mapping[str, Any]
     if path.startswith("vision/") and path.endswith("/kernel"):
       total += 2 * (images + views) * (places if "/layers/" in path else patches) * math.prod(x.shape)
     elif path.startswith("projector/pyramid/"):
-      total += 3 * 2 * _pyramid_rows(path, x, work) * math.prod(x.shape)
+      total += 3 * 2 * _pyramid_rows(path, work) * math.prod(x.shape)
   total += sum(
     _upsampling_flops(level, vision.width, views * patches) * (2 + (level > 1 and stage.supervision == "last"))
     for level in range(1, levels + 1)
@@ -226,7 +226,7 @@ def _block_flops(s: _Sizes, width: int) -> float:
   return 4 * s.crops * LAYERS * width * sum(cells**2 + 1 + cells for cells in s.maps)
 
 
-def _pyramid_rows(path: str, x: Any, work: Work) -> float:
+def _pyramid_rows(path: str, work: Work) -> float:
   """Pixels that a layer of a pyramid is applied to: a stage's are those of its level."""
   convnext = re.fullmatch(
     r"projector/pyramid/(convnext/stages/(\d)/.*kernel|convnext/stem/kernel|laterals/(\d)/kernel)", path

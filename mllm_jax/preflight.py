@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from mllm_jax import places
@@ -177,7 +178,7 @@ def check_run(config: Config) -> None:
   _check_ranges("model.projector.", config.model.projector, tuple((field, 1, None) for field in widths))
   at_least_1 = ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite")
   ranges = (("seed", 0, 2**32 - 1), ("loader_threads", 0, None), ("loader_workers", 0, None))
-  _check_ranges("", config, ranges + tuple((field, 1, None) for field in at_least_1))
+  _check_ranges("config.", config, ranges + tuple((field, 1, None) for field in at_least_1))
 
 
 def check_stage(name: str, stage: StageConfig | VdimStage, shards: int, processes: int) -> None:
@@ -260,3 +261,21 @@ def _check_ranges(name: str, part, ranges: tuple) -> None:
     if not low <= value <= (sys.float_info.max if high is None else high):  # which no NaN is
       upto = f"at least {low} and below 1" if high == BELOW_1 else f"between {low} and {high}"
       raise ConfigError(f"{name}{field}={value} must be {f'{low} or more' if high is None else upto}")
+
+
+def check_projector(config: Config, workdir: Path, paths: Iterable[str]) -> None:
+  """Raises ConfigError where finetune freezes what pretrain trains of the projector, by the `paths` of the model.
+
+  A checkpoint of finetune holds what that trains. Of the rest of the projector a continued run would begin with noise.
+  """
+  names = stage_names(config)
+  if "finetune" not in names or not ("pretrain" in names or (workdir / "pretrain" / "checkpoints").is_dir()):
+    return
+  trains = lambda stage, path: any(rate and re.fullmatch(pattern, path) for pattern, rate in stage.parameters)
+  for path in paths:
+    if path.startswith("projector/") and trains(config.pretrain, path) and not trains(config.finetune, path):
+      raise ConfigError(
+        f"finetune.parameters freezes {path}, which pretrain trains, and no checkpoint of finetune would hold it. Give "
+        "it a learning rate; or run pretrain alone, and finetune in another --workdir with "
+        f"model.projector_weights={workdir / 'model'}"
+      )

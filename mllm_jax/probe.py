@@ -1,8 +1,8 @@
 """Linear probes on frozen features: python -m mllm_jax.probe --task=text --features=all --vision=DIR --data=DIR
 
 Teaches a linear head on a vision tower's features as they are, or upsampled 2 or 4 times by interpolation or by VDIM,
-and tests it (LLaVA-UHD v2, appendix, fig. 8). Exit status: 0 done, 2 for anything that the caller can
-put right, 1 where the workdir cannot be written, 130 when interrupted.
+and tests it (LLaVA-UHD v2, appendix, fig. 8). Exit status: 0 done, 2 for anything that the caller can put right, 130
+when interrupted.
 """
 
 import argparse

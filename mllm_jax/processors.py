@@ -10,7 +10,7 @@ from mllm_jax.data.enlarging import Enlarging
 from mllm_jax.data.processor import Processor
 from mllm_jax.models import projectors
 
-IMAGE_ASPECTS = ("pad", "anyres", "tiles", "slices")
+IMAGE_ASPECTS = ("pad", "square", "anyres", "tiles", "slices")
 
 
 def make_processor(model: ModelConfig, tokenizer: str, data: DataConfig) -> Processor:
@@ -64,7 +64,7 @@ def make_aspect(model: ModelConfig, tokenizer: ChatTokenizer, data: DataConfig) 
       )
     separators = _separators(projector, tokenizer)
     return Slices(model.vision, tokens, data.max_slices, projector.organisation, separators)
-  return Square(model.vision, tokens)
+  return Square(model.vision, tokens, cut=data.image_aspect == "square")
 
 
 def _separators(projector: ProjectorConfig, tokenizer: ChatTokenizer) -> tuple[int, int]:

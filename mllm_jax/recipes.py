@@ -173,14 +173,13 @@ def uhd_table(
   resampler: float,
   vision: float = 0.0,
   decoder: float = 0.0,
-  fixup: float = 0.0,
   convnext: float = 0.0,
 ) -> tuple[tuple[str, float], ...]:
-  """Learning rates of LLaVA-UHD: of what makes the visual tokens, of both towers, of VDIM's last projection, and of a
-  ConvNeXt, which takes the tower's place. The rest of VDIM is frozen; a pyramid that no stage of its own prepares
-  learns with the resampler."""
+  """Learning rates of LLaVA-UHD: of what makes the visual tokens, of both towers, and of a ConvNeXt, which takes the
+  tower's place. VDIM is frozen; a pyramid that no stage of its own prepares learns with the resampler."""
   pyramid = {
-    "vdim": ((PYRAMID, 0.0), (PYRAMID_FIXUP, fixup)),
+    # The paper freezes all of it, the released code all but the last projection, which so has a row to be set.
+    "vdim": ((PYRAMID, 0.0), (PYRAMID_FIXUP, 0.0)),
     "deconv": ((PYRAMID, resampler),),
     "convnext": ((CONVNEXT, convnext), (LATERALS, resampler)),
   }

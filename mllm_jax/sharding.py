@@ -114,6 +114,11 @@ def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
   return shares.index(tuple(sorted(rows[process]))), len(shares)
 
 
+def first_of_share(mesh: Mesh, process: int) -> bool:
+  """Whether no process before this one makes the same rows: that one alone writes down what is bad among them."""
+  return row_share(mesh, process)[0] not in [row_share(mesh, other)[0] for other in range(process)]
+
+
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """The spec of the first rule that matches the path. A dimension that its mesh axis does not divide stays whole.
 

@@ -39,8 +39,7 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path, mesh)
       bar.update(len(records) - bar.n)
     judge(stage, records, problems)
   share, shares = sharding.row_share(mesh, jax.process_index())
-  # Of the processes that make the same rows the first one writes down what is bad among them.
-  noted = share not in [sharding.row_share(mesh, other)[0] for other in range(jax.process_index())]
+  noted = folder if sharding.first_of_share(mesh, jax.process_index()) else None
   batches = TrainingBatches(
     records,
     processor,
@@ -58,7 +57,7 @@ def load_data(config: Config, stage: StageConfig, processor, folder: Path, mesh)
     threads=config.loader_threads,
     workers=config.loader_workers,
     on_bad_sample=stage.data.on_bad_sample,
-    bad_samples=BadSamples(stage.data.max_bad_share, folder if noted else None, minimum=min(MINIMUM, len(records))),
+    bad_samples=BadSamples(stage.data.max_bad_share, noted, minimum=min(MINIMUM, len(records))),
   )
   if stage.data.batching == "pack" and batches.order.padding > MUCH:
     say(

@@ -79,9 +79,7 @@ class StageRun:
         save=self._save,
         save_every=self.config.checkpoint_every,
         stop=self.stop,
-        reporter=Reporter(
-          self.config, self.name, self.stage, self.folder, self.log, start, batches.steps, flops, shares
-        ),
+        reporter=Reporter(self.config, self.name, self.folder, self.log, start, batches.steps, flops, shares),
       )
       self._save(state)
     except (DataError, NotFinite) as error:

@@ -85,7 +85,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
 
   # ---- all data, before the first stage takes hours ------------------------------------------------------------------
   prepared = {name: prepare(config, name, workdir, mesh) for name in names if name != "vdim"}
-  for name in prepared.keys() - {names[0]}:
+  for name in names[1:]:
     with distributed.agreed(f"{name}, first batch"):
       try_out(prepared[name].batches, getattr(config, name))
   questions = held_out_questions(config, names)
@@ -147,6 +147,7 @@ def prepare(config: Config, name: str, workdir: Path, mesh) -> Prepared:
     model_config = build.architecture(config.model, stage.lora, packed=stage.data.batching == "pack")
     graphdef, shapes = parameters.flatten(abstract(model_config))
     rates = parameters.match(stage.parameters, list(shapes), f"{name}.parameters")
+    preflight.check_projector(config, workdir, shapes)
     tokenizer = build.tokenizer_folder(config.model.llm)
     processor = make_processor(model_config, tokenizer, stage.data)
   for turn in data_turns(stage):

@@ -43,6 +43,7 @@ def train_vdim(run: StageRun) -> None:
   with distributed.agreed("images"):
     records = open_images(stage.data, config.seed)
   share, shares = sharding.row_share(mesh, jax.process_index())
+  noted = run.folder if sharding.first_of_share(mesh, jax.process_index()) else None
   batches = ImageBatches(
     records,
     image_size=vision.image_size,
@@ -55,7 +56,7 @@ def train_vdim(run: StageRun) -> None:
     process_count=shares,
     threads=config.loader_threads,
     on_bad_sample=stage.data.on_bad_sample,
-    bad_samples=BadSamples(stage.data.max_bad_share, run.folder, minimum=min(MINIMUM, len(records))),
+    bad_samples=BadSamples(stage.data.max_bad_share, noted, minimum=min(MINIMUM, len(records))),
   )
 
   # ---- model, and from where it goes on ------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from mllm_jax import build, parameters, preflight
+from mllm_jax.ablation.plan import plan
 from mllm_jax.config import Config, LoraConfig, check_types
 from mllm_jax.models.mllm import abstract
 from mllm_jax.suites import SUITES
@@ -61,3 +62,9 @@ def test_a_row_traces_at_full_size(recipe, overrides):
 def test_rows_differ_and_have_labels_of_their_own():
   for rows in SUITES.values():
     assert len({row.label for row in rows}) == len({repr(row[1:]) for row in rows}) == len(rows) > 1
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_no_two_runs_of_a_suite_share_a_folder(suite, tmp_path):
+  folders = [run.folder for run in plan(suite, 2, tmp_path)]
+  assert len({str(folder).lower() for folder in folders}) == len(folders) >= 2 * len(SUITES[suite])

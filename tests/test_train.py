@@ -54,6 +54,12 @@ def losses(workdir: Path) -> list[tuple]:
   return [(row["stage"], row["step"], row["loss"], row["grad_norm"]) for row in rows(workdir) if "loss" in row]
 
 
+def last_model(workdir: Path):
+  """What a run's last checkpoint and its towers hold, and the model that they make."""
+  stored, config = build.open_run(str(workdir))
+  return stored, build.put(stored, stored.config(config.model.dtype), None, None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
   path = tmp_path_factory.mktemp("tiny")
@@ -102,14 +108,14 @@ def test_a_whole_run(finished):
 
 def test_a_checkpoint_holds_the_trainable_half_and_restores_to_the_same_model(finished, folder):
   workdir, _ = finished
-  restored = build.restore(str(workdir))
-  assert (restored.stage, restored.step) == ("finetune", 10)
-  assert restored.processor.template == "vicuna_v1"
+  stored, model = last_model(workdir)
+  assert (stored.manifest.run["stage"], stored.manifest.run["step"]) == ("finetune", 10)
+  assert stored.manifest.template == "vicuna_v1"
   saved = ocp.PyTreeCheckpointer().metadata(workdir / "finetune" / "checkpoints" / "10" / "state").item_metadata.tree
   assert set(saved) == {"step", "trainable", "optimizer", "skipped", "skipped_in_row"}
   assert all(path.startswith("projector/") or "/lora/" in path for path in saved["trainable"])
   assert sum(np.prod(array.shape) for array in saved["trainable"].values()) == 6200  # as in the table of parameters
-  embedding = np.asarray(restored.model.decoder.embedding[...])
+  embedding = np.asarray(model.decoder.embedding[...])
   from mllm_jax.weights.io import open_weights
 
   np.testing.assert_array_equal(embedding, open_weights(folder / "llama").read("model.embed_tokens.weight"))
@@ -192,6 +198,12 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--config.pretrain.parameters=(('projector/(', 1.0),)"], "('projector/(', 1.0) is one of its rows"),
     (["--config.pretrain.parameters=(('projector/.*', -1.0),)"], "('projector/.*', -1.0) is one of its rows"),
     (["--config.pretrain.parameters=('projector/.*', 1.0)"], "'projector/.*' is one of its rows"),
+    (
+      ["--config.finetune.parameters=(('(?!.*lora).*', 0.0), ('.*lora.*', 0.1))"],
+      "finetune.parameters freezes projector/dfi/kernel, which pretrain trains",
+    ),
+    (["--config.checkpoint_every=0"], "config.checkpoint_every=0 must be 1 or more"),
+    (["--config.evaluation.max_new_tokens=0"], "evaluation.max_new_tokens=0 must be 1 or more"),
   ],
 )
 def test_what_a_user_may_get_wrong(folder, capsys, options, words):
@@ -321,7 +333,7 @@ def test_the_finished_model_needs_no_other_file(finished, folder, tmp_path):
 
   workdir, _ = finished
   assert build.finished(str(workdir))
-  restored = build.restore(str(workdir))
+  _, trained = last_model(workdir)
   alone = tmp_path / "alone"
   shutil.copytree(workdir / "model", alone)
   for name in ("clip", "llama"):
@@ -333,7 +345,7 @@ def test_the_finished_model_needs_no_other_file(finished, folder, tmp_path):
     for name in ("clip", "llama"):
       (folder / f"{name}.away").rename(folder / name)
   batch = processor(["What is there?"], [[Image.new("RGB", (90, 60), (10, 20, 90))]])
-  expected = restored.model.logits(batch)
+  expected = trained.logits(batch)
   assert model.config.lora.rank == 4 and model.config.dtype == "float32"
   np.testing.assert_array_equal(model.logits(batch), expected)
   np.testing.assert_array_equal(from_workdir.logits(batch), expected)

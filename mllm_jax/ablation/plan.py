@@ -105,14 +105,27 @@ def plan(suite: str, seeds: int, workdir: Path) -> list[Run]:
           runs.append(shared[key])
         vdim = shared[key]
       folder = workdir / re.sub(r"[^a-z0-9]+", "-", row.label.lower()).strip("-") / f"seed-{seed}"
-      runs.append(Run(row.label, seed, folder, options, config, vdim))
+      runs.append(taken(Run(row.label, seed, folder, options, config, vdim), suite, workdir))
   return runs
 
 
+def taken(run: Run, suite: str, workdir: Path) -> Run:
+  """A run of a suite where another suite has finished just the same one, if that has its name for a folder and lies
+  beside this one, as by default; else as it is."""
+  if workdir.name != suite or run.finished():
+    return run
+  for other in SUITES:
+    for file in sorted((workdir.parent / other).glob(f"*/{run.folder.name}/{FINISHED}")):
+      there = dataclasses.replace(run, folder=file.parent)
+      if there.finished():
+        return there
+  return run
+
+
 def chosen(runs: Sequence[Run], labels: Sequence[str]) -> list[Run]:
-  """The runs of rows with these labels, and the VDIMs that they take."""
+  """The runs of rows with these labels, and the VDIMs that those of them take which are not done yet."""
   wanted = [run for run in runs if run.label in labels and not run.trains_vdim]
-  needed = {run.vdim.folder for run in wanted if run.vdim is not None}
+  needed = {run.vdim.folder for run in wanted if run.vdim is not None and not run.finished()}
   return [run for run in runs if run in wanted or run.folder in needed]
 
 

@@ -75,7 +75,7 @@ class Side:
 
     self.step = jax.jit(step, donate_argnums=0)
     self.config = Config(name="bench", log_every=10)
-    self.stage, self.folder = stage, folder
+    self.folder = folder
     folder.mkdir()
 
   def take(self, steps: int, rows: int, length: int) -> float:
@@ -90,9 +90,7 @@ class Side:
       batches(rows, length),
       steps=start + steps,
       mesh=self.mesh,
-      reporter=Reporter(
-        self.config, "bench", self.stage, self.folder, log, start, start + steps, flops=lambda batch: 0.0
-      ),
+      reporter=Reporter(self.config, "bench", self.folder, log, start, start + steps, flops=lambda batch: 0.0),
       save=lambda state: None,
       save_every=10**9,
       stop=Stop(),

@@ -166,6 +166,7 @@ def _hrbench(size: str) -> Benchmark:
     lambda source: read_tsv(source, HRBENCH[size], "\nAnswer the option letter directly."),
     letter_credit,
     summarise_hrbench,
+    max_new_tokens=1024,
   )
 
 
@@ -220,6 +221,7 @@ BENCHMARKS = (
     (REALWORLDQA,),
     lambda source: read_tsv(source, REALWORLDQA, LETTER),
     letter_credit,
+    max_new_tokens=1024,
   ),
   _hrbench("4K"),
   _hrbench("8K"),

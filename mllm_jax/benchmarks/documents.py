@@ -107,5 +107,6 @@ BENCHMARKS = (
     lambda question, answer: float(ocrbench_match(answer, question.gold, question.facts["formula"])),
     summarise_ocrbench,
     full=1000,
+    max_new_tokens=1024,
   ),
 )

@@ -42,5 +42,6 @@ BENCHMARKS = (
     (MMMU,),
     read,
     credit,
+    max_new_tokens=1024,
   ),
 )

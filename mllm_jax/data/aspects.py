@@ -57,10 +57,12 @@ class Aspect(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Square:
-  """The whole image, padded to a square: LLaVA-1.5."""
+  """The whole image, padded to a square (LLaVA-1.5), or, `cut`, the square that the tower's own preprocessing leaves of
+  it (LLaVA, and the first stage of LLaVA-1.5)."""
 
   vision: VisionConfig
   tokens_per_crop: int
+  cut: bool = False
   most_crops: int = 1
   whole: int = 0
   by_size: bool = False
@@ -82,7 +84,7 @@ class Square:
     return _table_only(np.arange(self.tokens_per_crop, dtype=np.int32))
 
   def crops(self, image: Image.Image) -> list[np.ndarray]:
-    return [images.preprocess(image, self.vision)]
+    return [(images.crop_to_square if self.cut else images.preprocess)(image, self.vision)]
 
 
 @dataclasses.dataclass(frozen=True)

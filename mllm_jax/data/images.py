@@ -164,6 +164,27 @@ def preprocess(image: Image.Image, vision: VisionConfig) -> np.ndarray:
   return np.asarray(padded.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
 
 
+def crop_to_square(image: Image.Image, vision: VisionConfig) -> np.ndarray:
+  """An RGB image as the tower's own preprocessing makes it a square: uint8 [image_size, image_size, 3].
+
+  CLIP's resizes the shorter side bicubically and keeps the middle of the longer one; SigLIP's squeezes the whole image.
+  Raises DataError for an image so thin that its resized longer side is beyond Pillow's limit for decompression bombs.
+  """
+  size = vision.image_size
+  if not vision.class_token:
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+  short, long = sorted(image.size)
+  length = int(size * long / short)
+  if Image.MAX_IMAGE_PIXELS is not None and size * length > 2 * Image.MAX_IMAGE_PIXELS:
+    raise DataError(
+      f"an image of {image.width} x {image.height} is too thin to be cut to a square; use pad, or crop it"
+    )
+  width, height = (size, length) if image.width <= image.height else (length, size)
+  resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.uint8)
+  top, left = (height - size) // 2, (width - size) // 2
+  return resized[top : top + size, left : left + size]
+
+
 def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
   """uint8 [..., 3] -> float32 [..., 3]: (pixels / 255 - mean) / std, what the vision tower eats."""
   scaled = pixels.astype(np.float32) / np.float32(255)

@@ -142,7 +142,8 @@ def fingerprint(records: Records, processor: Processor, policy: str = "error", s
 
 
 def source_state(records: Records) -> list | None:
-  """Each file of a source with its size and date, and the samples chosen of it; None where nothing tells."""
+  """Each file of a source with its size and date, the folder of its images, and the samples chosen of it; None where
+  nothing tells."""
   if hasattr(records, "parts"):  # a mix
     states = [(source_state(part), hashlib.sha256(chosen.tobytes()).hexdigest()) for part, chosen in records.parts]
     return None if any(state is None for state, _ in states) else [list(pair) for pair in states]
@@ -152,7 +153,8 @@ def source_state(records: Records) -> list | None:
   if not all(os.path.isfile(file) for file in files):
     return None
   stats = [(os.path.abspath(file), os.stat(file)) for file in files]
-  return [len(records), [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
+  folder = getattr(records, "image_folder", "")
+  return [len(records), folder, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
 
 
 def _words(samples: Sequence[Sample]) -> list[int]:

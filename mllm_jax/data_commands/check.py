@@ -5,11 +5,11 @@ import collections
 import dataclasses
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from mllm_jax.data import chat, image_files, images, layout
+from mllm_jax.data import chat, image_files, images
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Records, Sample, sample_problems
 from mllm_jax.data_commands.settings import add_data_arguments, add_model_arguments, data_settings, processor
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
   examples = collections.defaultdict(list)
   out = open(args.out, "w", encoding="utf-8") if args.out else None
   try:
-    for finding in find_all(records, maker, settings.data.max_images, args.processes):
+    for finding in find_all(records, maker, settings.data.max_images, settings.seed, args.processes):
       counts[finding.unusable, finding.kind] += 1
       if len(examples[finding.kind]) < EXAMPLES:
         examples[finding.kind].append(finding)
@@ -77,18 +77,20 @@ def table(counts: collections.Counter, examples: dict[str, list[Finding]]) -> st
   return "\n".join(lines)
 
 
-def find_all(records: Records, maker: Processor | None, max_images: int, processes: int) -> Iterator[Finding]:
+def find_all(
+  records: Records, maker: Processor | None, max_images: int, seed: int, processes: int
+) -> Iterator[Finding]:
   """Findings in the order of the samples, with a progress bar."""
   parts = [range(start, min(start + SAMPLES, len(records))) for start in range(0, len(records), SAMPLES)]
   with tqdm(total=len(records), desc="check", unit="sample", dynamic_ncols=True, smoothing=0) as bar:
     if processes <= 1 or len(parts) == 1:
       for part in parts:
-        yield from find_in(records, part, maker, max_images)
+        yield from find_in(records, part, maker, max_images, seed)
         bar.update(len(part))
       return
     # Not forked: threads of the libraries already loaded would leave their locks behind.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(parts)), _remember, (records, maker, max_images)) as pool:
+    with context.Pool(min(processes, len(parts)), _remember, (records, maker, max_images, seed)) as pool:
       for part, findings in zip(parts, pool.imap(_find_remembered, parts)):
         yield from findings
         bar.update(len(part))
@@ -100,11 +102,11 @@ def _remember(*work) -> None:
 
 
 def _find_remembered(part: range) -> list[Finding]:
-  records, maker, max_images = _work
-  return find_in(records, part, maker, max_images)
+  records, *settings = _work
+  return find_in(records, part, *settings)
 
 
-def find_in(records: Records, part: range, maker: Processor | None, max_images: int) -> list[Finding]:
+def find_in(records: Records, part: range, maker: Processor | None, max_images: int, seed: int) -> list[Finding]:
   """Everything about some samples."""
   found = []
   for i in part:
@@ -121,10 +123,9 @@ def find_in(records: Records, part: range, maker: Processor | None, max_images: 
     if empty and not any(problem.kind == "no answer" for problem in problems):
       add("empty answer", False, f"{empty} of its answers are empty; they are not trained on")
     missing = any(problem.kind == "missing image" for problem in problems)
-    for image in () if missing else sample.images:
-      _look_at(image, add)
-    if maker is not None and not problems:
-      _measure(sample, maker, add)
+    sizes = [] if missing else [_look_at(image, add) for image in sample.images]
+    if maker is not None and not problems and None not in sizes:
+      _measure(sample, sizes, maker, seed, add)
   return found
 
 
@@ -133,8 +134,8 @@ def _without_name(text: str) -> str:
   return text.partition(": ")[2] or text
 
 
-def _look_at(image: str | bytes, add) -> None:
-  """What is to be said about an image."""
+def _look_at(image: str | bytes, add) -> tuple[int, int] | None:
+  """Says what is to be said about an image; its (width, height), None where it cannot be used."""
   what = image if isinstance(image, str) else f"of {len(image):,} bytes"
   if isinstance(image, str):
     found = image_files.locate(image)
@@ -144,7 +145,7 @@ def _look_at(image: str | bytes, add) -> None:
     picture, mode = images.load_with_mode(image)
   except DataError as error:
     add("corrupt image", True, str(error))
-    return
+    return None
   if mode not in USUAL_MODES:
     add("odd mode", False, f"image {what} has pixels of mode {mode}, which are rescaled to 8 bits")
   width, height = picture.size
@@ -154,21 +155,32 @@ def _look_at(image: str | bytes, add) -> None:
     images.check_square(picture)
   except DataError as error:
     add("extreme shape", True, f"image {what}: {error}")
+    return None
+  return picture.size
 
 
-def _measure(sample: Sample, maker: Processor, add) -> None:
-  """Whether a row has room for the sample."""
-  n_images = len(sample.images)
+def _measure(sample: Sample, sizes: Sequence[tuple[int, int]], maker: Processor, seed: int, add) -> None:
+  """Whether a row has room for the sample, whose images have these (widths, heights)."""
   try:
-    encoded = chat.encode(sample.turns, maker.template, maker.tokenizer, n_images, sample.system)
+    encoded = chat.encode(sample.turns, maker.template, maker.tokenizer, len(sizes), sample.system)
   except DataError as error:
     add("template", True, str(error))
     return
-  places = layout.expand(encoded, [maker.tokens_per_crop] * n_images)
-  if len(places.tokens) <= maker.max_length:
+  try:
+    sizes = maker.training_sizes(sample, sizes, seed)
+    crops = sum(maker.image_cost(*size)[0] for size in sizes)
+    length = len(maker.places(encoded, sizes).tokens)
+  except DataError as error:
+    add("extreme shape", True, str(error))
     return
-  text = f"takes {len(places.tokens)} places of max_length={maker.max_length}"
-  if layout.expand(encoded, [maker.tokens_per_crop] * n_images, maker.max_length).loss_weights.any():
+  if crops > maker.max_images:
+    text = f"its images become {crops} crops, and a row has room for {maker.max_images}; raise data.max_images"
+    add("too many images", True, text)
+    return
+  if length <= maker.max_length:
+    return
+  text = f"takes {length} places of max_length={maker.max_length}"
+  if maker.places(encoded, sizes, maker.max_length).loss_weights.any():
     add("truncated", False, f"{text}; what is beyond is cut")
   else:
     add("nothing to train on", True, f"{text}, and no answer is left; raise data.max_length or take the sample out")

@@ -78,9 +78,9 @@ def data_settings(args: argparse.Namespace, needed: bool = True) -> DataSettings
     data, **{name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
   )
   if recipe and recipe.demo and not args.path and not os.path.exists(data.path):
-    from mllm_jax.demo.write import write
+    from mllm_jax.demo.write import Sizes, write
 
-    write(folder / "data", seed=0)
+    write(folder / "data", seed=0, sizes=Sizes(shapes=recipe.demo_shapes))
   if needed and not data.path and not data.mix:
     raise ConfigError("which data? name a recipe with --config=FILE, or the data with --path=FILE --image_folder=DIR")
   seed = args.seed if args.seed is not None else (recipe.seed if recipe else 0)

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     "places": f"{data.max_length:,}",
     "images": f"{maker.vision.image_size} pixels, {data.image_aspect}, {maker.tokens_per_crop} tokens each crop",
   }
-  page = show_page.page(title, facts, records, chosen, maker, bool(args.config))
+  page = show_page.page(title, facts, records, chosen, maker, bool(args.config), settings.seed)
   try:
     Path(args.out).write_text(page, encoding="utf-8")
   except OSError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.batch import NEWLINE
-from mllm_jax.data import chat, images
+from mllm_jax.data import chat
 from mllm_jax.data.layout import RowArrays
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Sample
@@ -37,10 +37,11 @@ def page(
   chosen: Sequence[int],
   processor: Processor,
   limited: bool = True,
+  seed: int = 0,
 ) -> str:
   """The whole page. A sample that cannot be used is shown with what is wrong with it; `limited`: having more images
-  than a row of the processor has room for is wrong too."""
-  cards = [_card(records, place, processor, limited) for place in chosen]
+  than a row of the processor has room for is wrong too. `seed`: of pictures that training enlarges."""
+  cards = [_card(records, place, processor, limited, seed) for place in chosen]
   bad = sum("class='problem'" in card for card in cards)
   listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
   note = f"<p class='bad'>{bad} of these samples cannot be used.</p>" if bad else ""
@@ -61,23 +62,23 @@ def page(
   return PAGE.format(title=escape(title), style=STYLE, body=body)
 
 
-def _card(records: Sequence, place: int, processor: Processor, limited: bool) -> str:
+def _card(records: Sequence, place: int, processor: Processor, limited: bool, seed: int) -> str:
   try:
     sample = records[place]
   except DataError as error:
     return _article(f"sample {place}", "", "", _problem(error))
   name = f"sample {sample.index}"
   try:
-    pictures = [images.load(path) for path in sample.images]
+    pictures = processor.pictures(sample, seed)
     encoded = chat.encode(sample.turns, processor.template, processor.tokenizer, len(pictures), sample.system)
     sizes = [picture.size for picture in pictures]
     places = processor.places(encoded, sizes)
-    shown = "".join(_picture(picture, path, processor) for picture, path in zip(pictures, sample.images))
+    shown = "".join(_picture(picture, name, processor) for picture, name in zip(pictures, _names(sample)))
   except DataError as error:
     return _article(name, sample.id, "", _problem(error) + _raw(sample))
   problem = ""
   try:
-    (processor if limited else processor.with_room(len(pictures))).row(sample)
+    (processor if limited else processor.with_room(len(pictures))).row(sample, seed)
   except DataError as error:
     problem = _problem(error)
   tokens = f"<div class='tokens'>{''.join(_tokens(places, processor))}</div>"
@@ -97,8 +98,14 @@ def _problem(error: Exception) -> str:
 def _raw(sample: Sample) -> str:
   """A sample that has no tokens, as it is in the file."""
   turns = "".join(f"<dt>{turn.role}</dt><dd>{escape(turn.text)}</dd>" for turn in sample.turns)
-  paths = "".join(f"<dt>image</dt><dd>{escape(path)}</dd>" for path in sample.images)
-  return f"<dl class='raw'>{paths}{turns}</dl>"
+  names = "".join(f"<dt>image</dt><dd>{escape(name)}</dd>" for name in _names(sample))
+  return f"<dl class='raw'>{names}{turns}</dl>"
+
+
+def _names(sample: Sample) -> list[str]:
+  """The paths of a sample's images; of images inside a record those that they came from."""
+  known = sample.names or [""] * len(sample.images)
+  return [image if isinstance(image, str) else name or "in the record" for image, name in zip(sample.images, known)]
 
 
 def _counts(places: RowArrays, processor: Processor) -> str:
@@ -159,7 +166,7 @@ def _tokens(places: RowArrays, processor: Processor) -> Iterator[str]:
     yield f"<span class='{classes}' title='{title}'>{shown}</span>" + "\n" * text.count("\n")
 
 
-def _picture(picture: Image.Image, path: str, processor: Processor) -> str:
+def _picture(picture: Image.Image, name: str, processor: Processor) -> str:
   """The crops of a picture as the tower gets them, a tiled one's in their grid."""
   aspect, (width, height) = processor.aspect, picture.size
   crops = aspect.crops(picture)
@@ -171,8 +178,8 @@ def _picture(picture: Image.Image, path: str, processor: Processor) -> str:
     grid = f"<div class='grid' style='grid-template-columns:repeat({columns},1fr)'>{pieces}</div>"
   made = " + ".join(f"{count} &times; {w} &times; {h}" for (w, h), count in shapes.items())
   caption = f"{width} &times; {height} &rarr; {made}, {processor.image_cost(width, height)[1]:,} tokens"
-  whole = f"<img src='{_data_uri(whole)}' alt='{escape(path)}'>"
-  return f"<figure>{whole}{grid}<figcaption><code>{escape(path)}</code><br>{caption}</figcaption></figure>"
+  whole = f"<img src='{_data_uri(whole)}' alt='{escape(name)}'>"
+  return f"<figure>{whole}{grid}<figcaption><code>{escape(name)}</code><br>{caption}</figcaption></figure>"
 
 
 def _data_uri(pixels: np.ndarray) -> str:

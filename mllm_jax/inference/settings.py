@@ -8,7 +8,7 @@ COLDEST = 1e-6  # logits divided by less could leave float32's range
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """The default is greedy decoding. Hashable: a static argument of compiled functions.
+  """The default is greedy decoding.
 
   temperature: the logits are divided by it; 0 takes the most likely token, whatever the other two fields say.
   top_p: only the most likely tokens that together reach this probability are drawn from; 1 draws from all.

@@ -1,7 +1,7 @@
 """What finished probes leave in a workdir, and the table and the page of all that are there.
 
 TASK/FEATURES/result.json, head.npz, examples.npz      a probe; result.json is written last
-results.json, results.md, index.html                   all of them side by side
+results.json, results.md, page/index.html              all of them side by side
 """
 
 import json

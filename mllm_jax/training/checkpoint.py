@@ -34,7 +34,7 @@ class Checkpoints:
     processes = {"primary_host": 0, "active_processes": {0}, "barrier_sync_key_prefix": "alone"} if alone else {}
     self.processes = ocp.options.MultiprocessingOptions(**processes)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=max(1, keep),
+      max_to_keep=keep,
       enable_async_checkpointing=not alone,
       create=not alone,
       multiprocessing_options=self.processes,

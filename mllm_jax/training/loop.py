@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mllm_jax import chips, distributed, sharding
 from mllm_jax.batch import Batch
-from mllm_jax.config import Config, StageConfig
+from mllm_jax.config import Config
 from mllm_jax.data.records import DataError
 from mllm_jax.run_control import Stop
 from mllm_jax.training.metrics import MetricsLog
@@ -106,7 +106,6 @@ class Reporter:
     self,
     config: Config,
     name: str,
-    stage: StageConfig,
     folder: Path,
     log: MetricsLog,
     start: int,

@@ -109,7 +109,7 @@ def write_hf(out: Path, stored: StoredModel, config: ModelConfig, source: Tensor
   )
   write_safetensors(out, tensors, progress=progress)
   dtype = str(source.to)
-  side_files.write_hf(out, config, stored.tokenizer, stored.manifest.template, vocabulary, dtype)
+  side_files.write_hf(out, config, stored.tokenizer, stored.manifest.template, vocabulary, dtype, are_cut(stored))
   if "lora" in stored.manifest.parts:
     write_adapter(out / "adapter", source, stored.manifest.parts["lora"], "..", LLAVA_HF_ADAPTER, progress)
 
@@ -142,6 +142,7 @@ def write_official(
     base_model=base or stored.manifest.sources.get("decoder", {}).get("path", ""),
     dtype=str(source.to),
     lora=lora is not None,
+    cut=are_cut(stored),
   )
 
 
@@ -179,6 +180,11 @@ def projector(source: Cast, config: ModelConfig, prefix: str) -> Tensors:
     return tensors
   extra = hiwin.placeholders(config.projector, config.vision.width, config.decoder.width)
   return Joined(tensors, Cast(InMemory({prefix + name: array for name, array in extra.items()}), source.to))
+
+
+def are_cut(stored: StoredModel) -> bool:
+  """Whether the model was trained on images that were cut to squares."""
+  return stored.manifest.images.get("image_aspect") == "square"
 
 
 def part(source: Tensors, name: str) -> Tensors:

@@ -25,6 +25,7 @@ def renames(naming: str = "official") -> tuple[tuple[str, str], ...]:
   wanted, _ = NAMES[naming]
   return (
     STRIP,
+    (r"\.base_layer\.weight$", ".weight"),  # of a layer that PEFT has put an adapter beside
     *(
       (rf"^{re.escape(name)}\.", wanted[place] + ".")
       for layers, _ in NAMES.values()

@@ -7,7 +7,7 @@ PEFT gives every module its own rank and scale; here all layers of a decoder sha
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mllm_jax.weights import llama
 from mllm_jax.weights.io import Weights, open_weights
 from mllm_jax.weights.known import WeightsError, read_json
 from mllm_jax.weights.tables import LINEAR, Row, Table
+from mllm_jax.weights.tensors import View
 
 FILE = "adapter_config.json"
 PREFIX = "base_model.model.model."
@@ -26,6 +27,9 @@ PREFIX = "base_model.model.model."
 RENAMES = ((r"^(base_model\.)?((model|language_model)\.)*(?=layers\.)", ""), (r"\.default\.weight$", ".weight"))
 BLOCKS = dict.fromkeys(llama.ATTENTION, "self_attn") | dict.fromkeys(llama.MLP, "mlp")
 ADAPTER = re.compile(r"layers\.(0|[1-9]\d*)\.(\w+)\.(\w+)\.lora_([AB])\.weight")
+OUTER = r"(?:base_model\.)?(?:model\.)*"
+BLOCK = re.compile(OUTER + r"(tfm_\d+\..*)\.lora_([AB])(?:\.default)?\.weight")
+FOLDED = (BLOCK.pattern, "of LLaVA-SP's transformer blocks, and folded into them by `Folded`")
 RANK = "the adapter has another rank or belongs to another model; compare adapter_config.json"
 
 # Settings that are read, and those that change neither the arithmetic nor which tensors the file holds. Whatever else
@@ -168,6 +172,47 @@ class Uniform:
       self.weights.release(name)
 
 
+class Folded(View):
+  """The tensors of a projector with its own adapters folded in: W + B A * scale, added in float32.
+
+  LLaVA-SP's fine-tuning means to leave the projector without adapters, but a slip in its list of exceptions gives them
+  to the transformer blocks. A matrix of PyTorch's attention got one that it never used: B is still zero.
+
+  Raises WeightsError for an adapter of a tensor that there is not, or that does not fit it.
+  """
+
+  def __init__(self, source: Weights, adapter: Weights, settings: Settings):
+    super().__init__(source)
+    self.path, self.file = source.path, source.file
+    self._adapter, self._factors, self._scales = adapter, {}, {}
+    stems = {re.sub(rf"^{OUTER}|(\.base_layer)?\.weight$", "", name): name for name in source.names()}
+    for name in of_blocks(adapter.names()):
+      stem, side = BLOCK.fullmatch(name).groups()
+      if stem not in stems:
+        raise WeightsError(f"{adapter.path}: {name} is of no tensor in {source.path}; both must be of one run")
+      self._factors.setdefault(stems[stem], {})[side] = name
+      self._scales[stems[stem]] = settings.of(stem)[1]
+    for name, factors in self._factors.items():
+      shapes = [adapter.shape(factors[side]) for side in "BA" if side in factors]
+      if len(shapes) != 2 or shapes[0][1:] != shapes[1][:1] or (shapes[0][0], shapes[1][1]) != source.shape(name):
+        raise WeightsError(f"{adapter.path}: {', '.join(factors.values())} of shapes {shapes} are no adapter of {name}")
+
+  def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """The part `index` of a tensor, all of it for ()."""
+    stored = super().read(name, index)
+    if name not in self._factors:
+      return stored
+    rows, columns = index or (slice(None), slice(None))
+    a, b = (self._adapter.read(self._factors[name][side]).astype(np.float32) for side in "AB")
+    update = np.matmul(b[rows], a[:, columns]) * np.float32(self._scales[name])
+    return (stored.astype(np.float32) + update).astype(stored.dtype)
+
+
+def of_blocks(names: Iterable[str]) -> list[str]:
+  """Those adapters that are of LLaVA-SP's transformer blocks."""
+  return [name for name in names if BLOCK.fullmatch(name)]
+
+
 def open_adapter(folder: str | Path, layers: int | None = None) -> tuple[LoraConfig, Uniform]:
   """An adapter's configuration, and its tensors as `table` of that configuration reads them.
 
@@ -260,7 +305,7 @@ def table(config: LoraConfig, prefix: str = PREFIX) -> Table:
     if name in config.targets
     for foreign, ours in (("lora_A", "a"), ("lora_B", "b"))
   )
-  return Table(rows, renames=RENAMES, prefix=prefix)
+  return Table(rows, (FOLDED,), renames=RENAMES, prefix=prefix)
 
 
 def config_file(config: LoraConfig, base_model: str, prefix: str = PREFIX) -> dict[str, Any]:

@@ -138,9 +138,14 @@ def of_adapter(path: places.Place, local: Path, names: list[str]) -> Found:
   found = Found(
     str(path), f"PEFT adapter of rank {lora.rank}", parts, base=str(content.get("base_model_name_or_path") or "")
   )
+  of_blocks = peft.of_blocks(weights.names())
   if "non_lora_trainables.bin" not in names:
+    if of_blocks:
+      raise WeightsError(f"{path} adapts {of_blocks[0]} of a projector; copy the run's non_lora_trainables.bin there")
     return found
   trained = open_weights(places.join(path, "non_lora_trainables.bin"))
+  if of_blocks:
+    trained = peft.Folded(trained, weights.weights, peft.read_settings(path))
   family = f"{projector_family(trained)} with LoRA of rank {lora.rank}, as the released code leaves it"
   content = read_json(local / "config.json", "") if "config.json" in names else {}
   parts["projector"] = projector_part(path, trained, content)
@@ -205,9 +210,9 @@ def of_llava_hf(path: places.Place, local: Path, names: list[str], content: dict
     ),
     "projector": part(ProjectorConfig(kind="mlp2x_gelu"), lambda config, grid: mlp.table()),
   }
-  return Found(
-    str(path), "LLaVA-1.5 as transformers stores it", parts, tokenizer_of(local, names), notes=cropping(local)
-  )
+  notes, images = shaping(local)
+  tokenizer = tokenizer_of(local, names)
+  return Found(str(path), "LLaVA-1.5 as transformers stores it", parts, tokenizer, notes=notes, images=images)
 
 
 def of_internvl(path: places.Place, local: Path, names: list[str], content: dict[str, Any]) -> Found:
@@ -246,16 +251,24 @@ def of_internvl(path: places.Place, local: Path, names: list[str], content: dict
   return Found(str(path), "InternVL 2", parts, tokenizer, template, notes=notes, images=images)
 
 
-def cropping(local: Path) -> tuple[str, ...]:
-  """A note where the processor of a llava-hf checkpoint cuts pictures to a square, since ours pads them."""
+def shaping(local: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+  """(notes, `Found.images`) of a llava-hf checkpoint, by how its processor makes pictures square.
+
+  Ours pads them unless it says outright that it pads none. llava-hf's own say nothing and cut, though the models were
+  trained on padded pictures.
+  """
   file = local / "preprocessor_config.json"
   content = read_json(file, "how images are prepared") if file.is_file() else {}
-  if not content.get("do_center_crop", False) or content.get("do_pad", False):
-    return ()
-  return (
+  cuts = content.get("do_center_crop", False) and not content.get("do_pad", False)
+  if content.get("do_pad") is False and (cuts or content.get("image_processor_type") == "SiglipImageProcessor"):
+    return (), {"image_aspect": "square"}
+  if not cuts:
+    return (), {}
+  note = (
     "its preprocessor_config.json cuts pictures to a square; here they are padded to one, as the released LLaVA-1.5 "
-    "was trained",
+    "was trained"
   )
+  return (note,), {}
 
 
 def of_official(path: places.Place, local: Path, names: list[str], family) -> Found:
@@ -304,7 +317,9 @@ def with_official_fields(found: Found, local: Path) -> Found:
   # LLaVA-UHD v2's code trains Qwen2 on its own conversations, with labels of its own.
   qwen = uhd and "decoder" in found.parts and found.parts["decoder"].config.attention_bias
   template = "chatml_released" if qwen else "vicuna_v1"
-  return dataclasses.replace(found, select_layer=layer, tower=str(tower), template=template)
+  # Its code pads where it is told to, and leaves everything else to the tower's own preprocessing.
+  images = {"image_aspect": "square"} if content.get("image_aspect_ratio") == "square" and not uhd else {}
+  return dataclasses.replace(found, select_layer=layer, tower=str(tower), template=template, images=images)
 
 
 def projector_alone(path: places.Place, weights: Weights) -> Found:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mllm_jax import ablate
-from mllm_jax.ablation.plan import FINISHED
+from mllm_jax.ablation.plan import FINISHED, as_json, plan
 from mllm_jax.suites import SUITES, Row
 
 REPOSITORY = Path(__file__).parents[2]
@@ -118,6 +118,38 @@ def test_a_finished_run_of_another_configuration_is_not_taken(folder, monkeypatc
   monkeypatch.setitem(SUITES, "some", (ROWS[0]._replace(overrides={"finetune.steps": 3}), ROWS[1]))
   assert run(folder) == 0
   assert trained(folder) == ["first/seed-0", "first/seed-1"]
+
+
+def test_what_another_suite_has_trained_is_taken(folder, monkeypatch, capsys):
+  monkeypatch.setitem(
+    SUITES, "again", (Row("Its first", "sp_cropping"), Row("Its VDIM", "uhd_v2", {KIND: "perceiver"}))
+  )
+  for suite in ("some", "vdims"):
+    assert run(folder, f"--workdir={folder / suite}", suite=suite) == 0
+  (folder / "commands.jsonl").unlink()
+  assert run(folder, f"--workdir={folder / 'again'}", suite="again") == 0
+  assert not (folder / "commands.jsonl").exists()
+  assert (
+    f"Its VDIM, seed 1 is done already, in {folder / 'vdims' / 'with-the-same' / 'seed-1'}" in capsys.readouterr().out
+  )
+  assert "| Its first | 85.0 ± 7.1 |" in (folder / "again" / "table.md").read_text()
+  # A folder of another name begins anew, and so does a row of another configuration.
+  assert run(folder, suite="again") == 0
+  assert len(trained(folder)) == 6
+  monkeypatch.setitem(SUITES, "again", (Row("Its first", "sp_cropping", {"finetune.steps": 3}),))
+  assert run(folder, f"--workdir={folder / 'again'}", suite="again") == 0
+  assert (folder / "again" / "its-first" / "seed-1" / FINISHED).exists()
+
+
+def test_the_time_that_is_left_counts_a_stage_as_a_stage(folder):
+  runs = plan("vdims", 2, folder / "out")
+  assert [run.label for run in runs[:4]] == ["Second & <last>", "stage_vdim", "With VDIM", "With the same"]
+  for run, seconds in zip(runs[:3], (600, 60, 1200)):
+    run.folder.mkdir(parents=True)
+    (run.folder / FINISHED).write_text(json.dumps({"config": as_json(run.config), "seconds": seconds}))
+  # Four rows of 15 minutes, and a stage of one.
+  assert ablate.state(runs, []) == "---- 3 of 8 runs done, about 61 minutes left ----"
+  assert ablate.state(runs, runs[3:5]) == "---- 3 of 8 runs done, 2 failed, about 31 minutes left ----"
 
 
 def test_a_failure_is_named_and_the_rest_goes_on(folder, capsys):

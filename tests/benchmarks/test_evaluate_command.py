@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import layouts
 import numpy as np
 import published_files
 import pytest
@@ -17,6 +18,7 @@ from mllm_jax import evaluate
 from mllm_jax.benchmarks.catalogue import BENCHMARKS
 from mllm_jax.benchmarks.source import Source
 from mllm_jax.benchmarks.store import Store
+from mllm_jax.config import ProjectorConfig
 from mllm_jax.inference.requests import Answer
 
 MODEL = {"model": "sp", "fingerprint": "0123", "padded": True}
@@ -320,6 +322,28 @@ def write_model(path):
   arrays = {name: rng.normal(0, 0.3, shape.shape).astype(np.float32) for name, shape in shapes.items()}
   _, llm = tiny.write_towers(path.parent / "towers")
   folder.write(path, folder.Manifest(parts, "vicuna_v1"), InMemory(arrays), llm)
+
+
+@pytest.mark.parametrize(
+  "projector, images, padded",
+  [
+    (layouts.MLP, {}, True),
+    (ProjectorConfig(kind="mlp2x_gelu", image_newline=True), {}, False),
+    (ProjectorConfig(kind="pixel_shuffle"), {}, False),
+    (ProjectorConfig(kind="pixel_shuffle"), {"image_aspect": "pad"}, True),
+    (ProjectorConfig(kind="uhd_v1", pyramid="none", levels=(0,), query_grid=2, head_width=8), {}, False),
+  ],
+  ids=["pad", "anyres", "tiles", "trained otherwise", "slices"],
+)
+def test_boxes_are_of_the_square_only_where_pictures_are_padded_to_one(tmp_path, projector, images, padded):
+  from mllm_jax.weights import folder
+  from mllm_jax.weights.tensors import InMemory
+
+  model = layouts.model(projector)
+  parts = {name: getattr(model, name) for name in ("vision", "decoder", "projector")}
+  arrays = {path: array for name in parts for path, array in layouts.arrays(model, name).items()}
+  folder.write(tmp_path / "model", folder.Manifest(parts, "vicuna_v1", images=images), InMemory(arrays), "")
+  assert evaluate.describe(str(tmp_path / "model"))["padded"] is padded
 
 
 def test_a_real_model_answers_on_all_devices_and_is_scored(tmp_path, monkeypatch, capsys):

@@ -112,6 +112,15 @@ def test_prompts_are_those_of_the_papers(tmp_path):
   assert results("mmbench_en_dev", tmp_path / "hint")[0][1].prompt.startswith("Look twice.\nWho?\nA. fox")
 
 
+def test_answers_are_as_long_as_in_the_papers():
+  """128 tokens as LLaVA's script for short answers has it, 1024 as its other scripts and VLMEvalKit do."""
+  long = {"scienceqa", "llava_wild", "mm_vet", "mathvista", "ocrbench", "mmmu", "realworldqa", "hrbench4k", "hrbench8k"}
+  long |= {f"mmbench_{split}" for split in ("en_dev", "cn_dev", "en_test", "cn_test")}
+  assert {name: benchmark.max_new_tokens for name, benchmark in BENCHMARKS.items()} == {
+    name: 1024 if name in long else 128 for name in BENCHMARKS
+  }
+
+
 def test_summaries_hold_the_other_numbers_of_their_papers(tmp_path):
   mme = BENCHMARKS["mme"].summarise(results("mme", tmp_path, {"code_reasoning/0002.png 7": "Yes"})[1])
   assert mme.details == {

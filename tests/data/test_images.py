@@ -31,6 +31,37 @@ def test_preprocessing_is_the_released_one(name, goldens):
   np.testing.assert_allclose(normal.transpose(2, 0, 1), golden["clip.pixel_values"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_siglips_preprocessing_is_the_released_one(name, goldens):
+  golden = np.load(goldens / f"img_{name}.npz")
+  siglip = VisionConfig(image_size=384, patch_size=16, class_token=False, mean=(0.5,) * 3, std=(0.5,) * 3)
+  pixels = images.preprocess(Image.fromarray(golden["image_uint8"]), siglip)
+  normal = images.normalise(pixels, siglip.mean, siglip.std)
+  np.testing.assert_allclose(normal.transpose(2, 0, 1), golden["siglip.pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cutting_to_a_square_is_clips_own_preprocessing(name, goldens):
+  golden = np.load(goldens / f"img_{name}.npz")
+  pixels = images.crop_to_square(Image.fromarray(golden["image_uint8"]), VISION)
+  assert pixels.dtype == np.uint8 and pixels.shape == (336, 336, 3)
+  normal = images.normalise(pixels, VISION.mean, VISION.std)
+  np.testing.assert_allclose(normal.transpose(2, 0, 1), golden["clip_nopad.pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_the_middle_is_kept_and_siglip_squeezes():
+  small = VisionConfig(image_size=4)
+  ramp = np.broadcast_to(np.arange(9, dtype=np.uint8)[:, None, None] * 20, (9, 4, 3))
+  # An odd pixel goes below or to the right: of 9 rows 2 to 5 are kept.
+  assert images.crop_to_square(Image.fromarray(ramp), small)[:, 0, 0].tolist() == [40, 60, 80, 100]
+  wide = Image.fromarray(ramp.swapaxes(0, 1))
+  assert images.crop_to_square(wide, small)[0, :, 0].tolist() == [40, 60, 80, 100]
+  squeezed = images.crop_to_square(wide, VisionConfig(image_size=4, class_token=False))
+  np.testing.assert_array_equal(squeezed, np.asarray(wide.resize((4, 4), Image.Resampling.BICUBIC)))
+  with pytest.raises(DataError, match="1 x 2000 is too thin"):
+    images.crop_to_square(Image.new("RGB", (1, 2000)), VISION)
+
+
 def test_odd_padding_goes_below_and_to_the_right():
   white = Image.new("RGB", (2, 5), (255, 255, 255))
   columns = np.asarray(images.pad_to_square(white, (1, 2, 3)))[0]

@@ -83,6 +83,8 @@ def test_tiled_pictures_are_measured_by_their_headers(write_data, tokenizers, tm
     patch.setattr(Image.Image, "resize", None)  # nothing is decoded
     patch.setattr("mllm_jax.data.images.decode", None)
     table = lengths.measure(records, maker)
+  elsewhere = Records.load(path, str(tmp_path))  # where pictures of the same names may have other sizes
+  assert lengths.fingerprint(elsewhere, maker) != lengths.fingerprint(records, maker)
   rows = [maker.row(sample) for sample in records]
   assert table.places.tolist() == [int((row.segment_ids > 0).sum()) for row in rows]
   assert table.crops.tolist() == [int(row.grids.any(axis=1).sum()) for row in rows]

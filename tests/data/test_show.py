@@ -13,7 +13,8 @@ from PIL import Image
 from mllm_jax.config import VisionConfig
 from mllm_jax.data import images
 from mllm_jax.data.__main__ import main
-from mllm_jax.data.aspects import Anyres, Square
+from mllm_jax.data.aspects import Anyres, Slices, Square
+from mllm_jax.data.enlarging import Enlarging
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import DataError, Records
 from mllm_jax.data_commands import show, show_page
@@ -117,6 +118,26 @@ def test_pictures_are_the_models(records, tokenizers):
   card = cards(make_page(records, tiled))[0]
   crops, tokens = tiled.image_cost(30, 20)
   assert card.count("<img") == crops and f"{tokens} tokens" in card and "of them newlines" in card
+
+
+def test_pictures_inside_records_have_the_names_that_they_came_with(write_data, tokenizers, tmp_path):
+  path, folder = write_data(SAMPLES[:1])
+  prepare = ["prepare", f"--path={path}", f"--image_folder={folder}", f"--out={tmp_path / 'shards'}", "--processes=1"]
+  assert main(prepare) == 0
+  processor = Processor(tokenizers[False], Square(VISION, 5), "vicuna_v1", 150, 1)
+  shards = Records.load(str(tmp_path / "shards"), "")
+  pages = [make_page(records, processor) for records in (Records.load(path, folder), shards)]
+  assert pages[0].replace(os.path.join(folder, "a.png"), "a.png") == pages[1]
+
+
+def test_pictures_are_shown_as_training_enlarges_them(records, tokenizers):
+  aspect = Slices(VISION, 4, 6, "spatial", (1, 2))
+  made = [
+    Processor(tokenizers[False], aspect, "vicuna_v1", 300, 7, enlarging)
+    for enlarging in (None, Enlarging(VISION, 6, 1.0))
+  ]
+  plain, enlarged = (cards(make_page(records, processor))[0].count("<img") for processor in made)
+  assert plain == 1 and enlarged == 7  # 30 x 20 pixels, or as many as six slices have
 
 
 def arguments(*options):

@@ -123,6 +123,31 @@ def test_a_recipe_names_the_data_and_the_model(demo_folder, capsys):
   assert "nowhere.json: no such file" in capsys.readouterr().err
 
 
+def test_pictures_that_are_cut_into_slices_take_the_places_of_their_size(tmp_path):
+  for name, size in (("one", (112, 112)), ("four", (224, 224)), ("thin", (1000, 1))):
+    Image.new("RGB", size).save(tmp_path / f"{name}.png")
+  samples = [{"image": f"{name}.png", "conversations": turns("<image>\nQ", "A")} for name in ("one", "four", "thin")]
+  (tmp_path / "train.json").write_text(json.dumps(samples))
+  out = tmp_path / "found.jsonl"
+  arguments = ["check", "--config=configs/uhd_v2.py:demo", f"--path={tmp_path / 'train.json'}", f"--out={out}"]
+  arguments += [f"--image_folder={tmp_path}", "--processes=1"]
+
+  def unusable(*options):
+    assert main([*arguments, *options]) == 1
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    return [(each["index"], each["kind"], each["text"]) for each in found if each["unusable"]]
+
+  (thin,) = unusable("--max_length=256")
+  assert thin[:2] == (2, "extreme shape") and "1000 x 1 pixels is too thin" in thin[2]
+  one, four, _ = unusable("--max_length=2")
+  length = lambda each: int(each[2].split()[1])
+  # 16 tokens of the whole picture; with slices 16 for each of five crops, eight newlines and a comma.
+  assert one[1] == four[1] == "nothing to train on" and length(four) - length(one) == 5 * 16 + 9 - 16
+  assert (1, "too many images") in [each[:2] for each in unusable("--max_length=256", "--max_images=4")]
+  one, *_ = unusable("--max_length=2", "--config.finetune.data.enlarge=1.0")
+  assert length(one) == length(four)  # the small picture is brought to as many slices
+
+
 def test_the_command_line(capsys):
   assert main([]) == 0
   listed = capsys.readouterr().out

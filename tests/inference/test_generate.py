@@ -217,5 +217,10 @@ def test_problems_of_files_are_told_before_any_work(loaded, picture, files, tmp_
   (tmp_path / "bytes").write_bytes(b"\x89PNG")
   with pytest.raises(DataError, match="bytes: not UTF-8 text"):
     questions.read(str(tmp_path / "bytes"), "")
-  (tmp_path / "line").write_text('{"question_id": 1, "text": "one\u2028two"}\n', encoding="utf-8")
-  assert [question.text for question in questions.read(str(tmp_path / "line"), "")] == ["one\u2028two"]
+
+
+def test_only_newlines_end_a_question(tmp_path):
+  file, texts = tmp_path / "questions.jsonl", ["a\u2028b", "c\x85d"]
+  rows = [json.dumps({"question_id": text, "text": text}, ensure_ascii=False) for text in texts]
+  file.write_text("\r\n".join(rows), encoding="utf-8", newline="")
+  assert [question.text for question in questions.read(str(file), "")] == texts

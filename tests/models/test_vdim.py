@@ -340,6 +340,28 @@ def test_refusals():
     guidance(jnp.zeros((4, 587)), jnp.asarray([2, 2]), 1)
 
 
+def test_temperature_and_sums_are_bounded():
+  stage, random = randomised(Stage(rngs=nnx.Rngs(0))), np.random.default_rng(1)
+  colours, grid = jnp.asarray(random.standard_normal((2, 2, 3, 6)), jnp.float32), jnp.array([2, 3], jnp.int32)
+  kernels = jit(lambda stage: (stage.range_kernel(colours, grid), stage.bilateral_kernel(colours, grid)))
+
+  def at(temperature, sigma):
+    stage.range_temp[...], stage.sigma_spatial[...] = jnp.float32(temperature), jnp.float32(sigma)
+    return (np.asarray(x, np.float64) for x in kernels(stage))
+
+  ranges = {temperature: next(at(temperature, 1.0)) for temperature in (-20, math.log(1e-4), 0, math.log(1e4), 20)}
+  cold, coldest, _, hot, hottest = (ranges[key] for key in (math.log(1e-4), -20, 0, math.log(1e4), 20))
+  np.testing.assert_allclose(coldest, cold, rtol=1e-5)
+  np.testing.assert_allclose(hottest, hot, atol=1e-2)  # scores of 10,000 times a few, in float32
+  assert np.abs(ranges[0] - cold).max() > 0.01 and np.abs(ranges[0] - hot).max() > 0.1
+  # The best tap is far off for so narrow a spatial kernel: the sum of some pixels is below the bound.
+  range_kernel, bilateral = at(20, 0.05)
+  weights = range_kernel * np.asarray(stage.spatial_kernel(), np.float64)[..., None]
+  sums = weights.sum((2, 3), keepdims=True)
+  assert (sums < 1e-8).any() and (sums > 0.1).any()
+  np.testing.assert_allclose(bilateral, weights / np.maximum(sums, 1e-7), rtol=1e-4, atol=1e-12)
+
+
 def test_initial_values():
   """As the released code begins: temperature 1, sigma 1, and 1 x 1 convolutions as PyTorch draws them."""
   stage = Stage(rngs=nnx.Rngs(0))

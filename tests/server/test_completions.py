@@ -9,7 +9,7 @@ import pytest
 from fake_engine import FakeEngine
 from serving import ask, content, data_uri, expected, picture, question, running, wait_for
 
-from mllm_jax.data.aspects import Anyres, Square
+from mllm_jax.data.aspects import Anyres, Square, Tiles
 from mllm_jax.server.preview import preview
 
 
@@ -288,13 +288,16 @@ def test_previews(url, processor):
   wait_for(lambda: url.front.open == 0)
 
 
-def test_frames_of_pictures_that_are_padded(processor):
+def test_frames_of_pictures_that_are_padded_or_cut(processor):
   vision = processor.vision
   found = preview(Square(vision, 16), 100, 40)
   assert (found["frame"], found["crops"], found["columns"]) == ([0, -30, 100, 100], 1, 0)
+  assert preview(Square(vision, 16, cut=True), 100, 40)["frame"] == [30, 0, 40, 40]
   found = preview(Anyres(vision, 16), 100, 40)  # two tiles side by side: a shape of 2 to 1
   assert (found["frame"], found["crops"], found["columns"], found["rows"]) == ([0, -5, 100, 50], 3, 2, 1)
   assert found["visual_tokens"] < found["places"]
+  found = preview(Tiles(vision, 16, 4, ()), 100, 40)  # squeezed into its two tiles
+  assert (found["frame"], found["crops"], found["columns"], found["rows"]) == ([0, 0, 100, 40], 3, 2, 1)
 
 
 def test_the_page_needs_nothing_from_outside(url):

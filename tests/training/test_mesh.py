@@ -163,6 +163,8 @@ def test_processes_that_an_axis_tensor_runs_through_make_the_same_rows(monkeypat
   mesh = sharding.make_mesh(config)
   monkeypatch.setattr(type(jax.devices()[0]), "process_index", property(lambda device: device.id // 2))
   assert [sharding.row_share(mesh, process) for process in range(4)] == shares
+  firsts = [shares.index(share) == process for process, share in enumerate(shares)]
+  assert [sharding.first_of_share(mesh, process) for process in range(4)] == firsts
 
 
 def test_rows_that_are_shared_in_part(monkeypatch):

@@ -107,8 +107,8 @@ def test_adapters_that_do_not_fit(tmp_path):
   query = {f"model.layers.{layer}.self_attn.q_proj": RANK for layer in range(LAYERS)}
   tower = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
   assert f"2 problems\n  unexpected: base_model.model.{tower}.lora_A" in fault(query | {tower: RANK})
-  assert "unexpected: base_model.model.model.tfm_4.decoder.layers.0.linear2.lora_A.weight" in fault(
-    query | {"model.tfm_4.decoder.layers.0.linear2": RANK}
+  assert "unexpected: base_model.model.model.mm_projector.0.lora_A.weight" in fault(
+    query | {"model.mm_projector.0": RANK}
   )
   assert "unexpected: base_model.model.lm_head.lora_A.weight" in fault(query | {"lm_head": RANK})
   assert "q_proj.lora_A.weight has rank 4, and adapter_config.json gives it 8" in fault(query, r=8)

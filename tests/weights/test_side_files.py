@@ -175,6 +175,17 @@ def test_config_says_what_the_model_is(exported):
   assert tuple(pictures["image_mean"]) == VICUNA.vision.mean and pictures["size"] == {"height": 56, "width": 56}
 
 
+def test_cut_pictures_are_said_to_be_cut(tokenizer_folders, tmp_path):
+  source = tokenizer_folders["spm_new"]
+  official(tmp_path / "llava", source, with_projector(kind="mlp2x_gelu"), cut=True)
+  assert read(tmp_path / "llava" / "config.json")["image_aspect_ratio"] == "square"
+  vocabulary = side_files.hf_vocabulary(source, VICUNA.decoder)
+  side_files.write_hf(tmp_path / "hf", VICUNA, source, "vicuna_v1", vocabulary, "float32", cut=True)
+  written = read(tmp_path / "hf" / "preprocessor_config.json")
+  wanted = {"do_pad": False, "do_center_crop": True, "size": {"shortest_edge": 56}}
+  assert written.items() >= {"image_processor_type": "CLIPImageProcessor", **wanted}.items()
+
+
 @KINDS
 def test_our_readers_give_the_model_back(exported, kind):
   model, config = MODELS[kind], read(exported[kind][0] / "config.json")

@@ -6,10 +6,12 @@ import json
 import layouts
 import numpy as np
 import pytest
+from PIL import Image
 
 import mllm_jax
 from mllm_jax.config import DataConfig, ProjectorConfig
-from mllm_jax.data.aspects import Anyres
+from mllm_jax.data import images
+from mllm_jax.data.aspects import Anyres, Square
 from mllm_jax.weights import assemble
 from mllm_jax.weights.known import WeightsError
 from mllm_jax.weights.side_files.official import image_aspect
@@ -36,11 +38,45 @@ def test_a_released_model_is_read_and_asked_with_tiles(tmp_path, name):
   aspect = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
   grids = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
   model, folder = folder_of(tmp_path, PROJECTORS[name], **aspect, image_grid_pinpoints=grids)
-  assert image_aspect(model) == {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grids}
+  assert image_aspect(model, cut=False) == {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grids}
   loaded, processor = mllm_jax.load(str(folder))
   expected = layouts.arrays(model, "projector")["projector/image_newline"]
   np.testing.assert_array_equal(loaded.projector.image_newline[...], expected)
   assert loaded.config.projector.image_newline and isinstance(processor.aspect, Anyres)
+
+
+@pytest.mark.parametrize("field, cut", [("square", True), ("pad", False)])
+def test_a_released_model_is_asked_as_its_own_code_would(tmp_path, field, cut):
+  projector = dataclasses.replace(PROJECTORS["mlp"], image_newline=False)
+  model, folder = folder_of(tmp_path, projector, image_aspect_ratio=field)
+  assert image_aspect(model, cut) == {"image_aspect_ratio": field}
+  _, processor = mllm_jax.load(str(folder))
+  assert isinstance(processor.aspect, Square) and processor.aspect.cut == cut
+  wide = Image.fromarray(np.arange(3 * 60 * 90, dtype=np.uint8).reshape(60, 90, 3))
+  (crop,) = processor.aspect.crops(wide)
+  expected = (images.crop_to_square if cut else images.preprocess)(wide, model.vision)
+  np.testing.assert_array_equal(crop, expected)
+
+
+@pytest.mark.parametrize(
+  "processor, noted, found",
+  [
+    ({"do_center_crop": True}, 1, {}),  # llava-hf's own
+    ({"do_center_crop": True, "do_pad": True}, 0, {}),
+    ({"do_center_crop": True, "do_pad": False}, 0, {"image_aspect": "square"}),  # ours
+    ({"image_processor_type": "SiglipImageProcessor", "do_pad": False}, 0, {"image_aspect": "square"}),
+    ({"do_pad": False}, 0, {}),
+    (None, 0, {}),
+  ],
+)
+def test_pictures_are_cut_where_a_processor_says_so_outright(tmp_path, processor, noted, found):
+  folder = layouts.llava_hf_folder(tmp_path / "model", layouts.model())
+  (folder / "preprocessor_config.json").unlink(missing_ok=True)
+  if processor is not None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+  stored = assemble.open_model(str(folder))
+  assert stored.manifest.images == found
+  assert sum("cuts pictures to a square" in note for note in stored.notes) == noted
 
 
 @pytest.mark.parametrize(
@@ -67,7 +103,7 @@ def test_tiles_need_the_token(tmp_path):
 
   with pytest.raises(ConfigError, match="image_aspect=anyres needs model.projector.image_newline=True"):
     processors.make_aspect(layouts.model(), None, DataConfig(image_aspect="anyres"))
-  with pytest.raises(ConfigError, match="image_aspect='square' is unknown; known: pad, anyres, tiles, slices"):
-    processors.make_aspect(layouts.model(), None, DataConfig(image_aspect="square"))
+  with pytest.raises(ConfigError, match="image_aspect='wide' is unknown; known: pad, square, anyres, tiles, slices"):
+    processors.make_aspect(layouts.model(), None, DataConfig(image_aspect="wide"))
   with pytest.raises(ConfigError, match="image_aspect=slices needs a projector .*hiwin.*kind is 'mlp2x_gelu'"):
     processors.make_aspect(layouts.model(), None, DataConfig(image_aspect="slices"))

@@ -19,13 +19,17 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(answer: str, golds: Sequence[str], threshold: float = 0.5) -> float:
-  """0 to 1: 1 - edit distance / length of the longer text, 0 where that quotient reaches the threshold; the best of the
-  golds. Case and the amount of white space do not count. Source: Biten et al., "ST-VQA", 2019, eq. 1."""
+  """0 to 1: 1 - edit distance / length of the longer text, 0 where that quotient is above the threshold; the best of
+  the golds. Case and the amount of white space do not count.
+
+  Source: Biten et al., "ST-VQA", 2019, eq. 1; there a quotient of just the threshold gives 0, in the public scripts,
+  which the published numbers come from, it counts.
+  """
   scores = []
   for gold in golds:
     a, b = (" ".join(text.lower().split()) for text in (answer, gold))
     distance = edit_distance(a, b) / max(len(a), len(b), 1)
-    scores.append(1 - distance if distance < threshold else 0.0)
+    scores.append(1 - distance if distance <= threshold else 0.0)
   return max(scores)
 
 

@@ -19,7 +19,7 @@ REPAIRED = {
   for word in CONTRACTIONS
   for place, character in enumerate(word)
   if character == "'"
-} | {"somebody'd": "somebodyd"}  # so in the published table
+} | {"somebody'd": "somebodyd", "'ows'at": "'ow's'at"}  # so in the published table
 NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 NUMBERS["none"] = "0"
 ARTICLES = ("a", "an", "the")

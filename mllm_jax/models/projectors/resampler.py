@@ -25,26 +25,17 @@ class UhdV1Resampler(nnx.Module):
   """The resampler of LLaVA-UHD v1 as the v2 authors released it for comparison: window attention on the ViT's own map
   with one set of queries, then a norm and a matrix.
 
-  Raises ConfigError for a width that heads do not divide, or an unknown pooling.
+  Raises ConfigError for a width that heads do not divide.
   """
 
-  def __init__(
-    self,
-    vision_width: int,
-    width: int,
-    *,
-    query_grid: int = 12,
-    pooling: str = "selective",
-    head_width: int = 128,
-    rngs: nnx.Rngs,
-  ):
+  def __init__(self, vision_width: int, width: int, *, query_grid: int = 12, head_width: int = 128, rngs: nnx.Rngs):
     self.attention = WindowAttention(
       (0,),
       vision_width,
       width,
       query_sets=1,
       query_grid=query_grid,
-      pooling=pooling,
+      pooling="selective",
       head_width=head_width,
       marked=False,
       rngs=rngs,
@@ -66,8 +57,9 @@ class UhdV1Resampler(nnx.Module):
 
 
 class Mlp144(nnx.Module):
-  """Every level resized to g x g bilinearly, the channels side by side, then exact GELU and Linear, twice: as released,
-  a GELU comes first (LLaVA-UHD v2, figure 5a). Raises ConfigError for levels that do not grow.
+  """Every level resized to g x g bilinearly, the channels side by side, then exact GELU and Linear (LLaVA-UHD v2,
+  figure 5a): once with three levels, as in the released code's `mlp144`, else twice, as in its `mlp-v2` of two. Raises
+  ConfigError for levels that do not grow.
   """
 
   def __init__(self, levels: tuple[int, ...], vision_width: int, width: int, *, query_grid: int = 12, rngs: nnx.Rngs):
@@ -76,7 +68,7 @@ class Mlp144(nnx.Module):
       raise ConfigError(f"projector.query_grid={query_grid} must be at least 1")
     self.levels, self.query_grid = tuple(levels), query_grid
     self.fc1 = Linear(len(levels) * vision_width, width, bias=True, rngs=rngs)
-    self.fc2 = Linear(width, width, bias=True, rngs=rngs)
+    self.fc2 = None if len(levels) == 3 else Linear(width, width, bias=True, rngs=rngs)
 
   def fold(self, dtype: jnp.dtype) -> None:
     """Nothing is worth making once for many crops."""
@@ -90,7 +82,8 @@ class Mlp144(nnx.Module):
     check_maps(self.levels, levels)
     resized = [resize(levels[level], grids * 2**level, self.query_grid) for level in self.levels]
     gelu = lambda x: jax.nn.gelu(x, approximate=False)
-    return self.fc2(gelu(self.fc1(gelu(jnp.concatenate(resized, -1)))))
+    tokens = self.fc1(gelu(jnp.concatenate(resized, -1)))
+    return tokens if self.fc2 is None else self.fc2(gelu(tokens))
 
 
 class Perceiver(nnx.Module):

@@ -34,6 +34,7 @@ def write_hf(
   template: str,
   vocabulary: HfVocabulary,
   dtype: str,
+  cut: bool = False,
 ) -> None:
   """Writes every file but the weights of a LLaVA-1.5-type model, for transformers 4 and 5.
 
@@ -42,7 +43,7 @@ def write_hf(
   the same, for a pooled output that LLaVA does not ask for; `extra_tensors` has it. The hidden states, the last one
   included, are taken before it.
 
-  Pictures are padded to a square with the mean colour, as here; what llava-hf ships cuts the longer side off. Resized
+  Pictures are padded to a square with the mean colour or cut to one, as here; llava-hf's are always cut. Resized
   by Pillow they have exactly our pixels. Where torchvision is installed transformers 5 resizes by that, and some pixels
   differ by one level of 255, unless the processor is loaded with backend="pil".
 
@@ -53,6 +54,7 @@ def write_hf(
     template: the one the model was trained with; "plain" is asked with "vicuna_v1".
     vocabulary: from `hf_vocabulary`.
     dtype: of the weights: "float32", "float16" or "bfloat16".
+    cut: whether images were cut to squares in training (data.image_aspect=square), not padded.
 
   Raises ConfigError for a model or a type that the layout cannot express, and where no chat template gives our token
   ids; DataError where the tokenizer cannot be used, with this template or at all.
@@ -77,7 +79,7 @@ def write_hf(
   write_json(folder / "config.json", config(model, tower, vocabulary, ids, dtype))
   ending = {"eos_token_id": ends if len(ends) > 1 else ends[0], "transformers_version": TRANSFORMERS_VERSION}
   write_json(folder / "generation_config.json", ids | ending)
-  write_json(folder / "preprocessor_config.json", preprocessor_config(model.vision))
+  write_json(folder / "preprocessor_config.json", preprocessor_config(model.vision, cut))
   write_json(
     folder / "processor_config.json",
     {
@@ -152,18 +154,21 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
   return content | ({"projection_dim": vision.width} if vision.class_token else {"vision_use_head": False})
 
 
-def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
-  """How pictures become pixel values: padded to a square with the mean colour, resized bicubically, normalised."""
+def preprocessor_config(vision: VisionConfig, cut: bool) -> dict[str, Any]:
+  """How pictures become pixel values: padded to a square with the mean colour or, `cut`, cut to one as the tower's own
+  preprocessing does it; resized bicubically, normalised."""
   size = {"height": vision.image_size, "width": vision.image_size}
+  own = "CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor"
+  cut_middle = cut and vision.class_token
   return {
-    "image_processor_type": "LlavaImageProcessor",
+    "image_processor_type": own if cut else "LlavaImageProcessor",
     "processor_class": PROCESSOR,
     "do_convert_rgb": True,
-    "do_pad": True,
+    "do_pad": not cut,
     "do_resize": True,
-    "size": size,
+    "size": {"shortest_edge": vision.image_size} if cut_middle else size,
     "resample": BICUBIC,
-    "do_center_crop": False,
+    "do_center_crop": cut_middle,
     "crop_size": size,
     "do_rescale": True,
     "rescale_factor": 1 / 255,

@@ -68,6 +68,7 @@ def write_official(
   base_model: str,
   dtype: str,
   lora: bool,
+  cut: bool = False,
 ) -> None:
   """Writes every file but the weights, for the released code: of LLaVA-SP for a spatial projector, of LLaVA-UHD v2 for
   hiwin, of LLaVA 1.5 else.
@@ -81,6 +82,7 @@ def write_official(
     base_model: folder or hub name of the language model, which an adapter is loaded onto.
     dtype: of the weights: "float32", "float16" or "bfloat16".
     lora: whether the weights are an adapter and non_lora_trainables.bin, not a whole model.
+    cut: whether images were cut to squares in training (data.image_aspect=square), not padded.
 
   Raises ConfigError for what the released code has no class for.
   """
@@ -90,7 +92,7 @@ def write_official(
   tokenizer = chat.load_tokenizer(str(source))
   folder.mkdir(parents=True, exist_ok=True)
   ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-  content = config(model, vision_source, dtype) | ids
+  content = config(model, vision_source, dtype, cut) | ids
   write_json(folder / "config.json", {"_name_or_path": base_model} | content)
   ends = sorted(tokenizer.end_ids)
   ending = {"eos_token_id": ends if len(ends) > 1 else ends[0], "transformers_version": TRANSFORMERS_VERSION}
@@ -154,7 +156,7 @@ def family(vision: VisionConfig) -> str:
   return "clip" if vision.class_token else "siglip"
 
 
-def config(model: ModelConfig, vision_source: str, dtype: str) -> dict[str, Any]:
+def config(model: ModelConfig, vision_source: str, dtype: str, cut: bool) -> dict[str, Any]:
   """config.json, without ids."""
   qwen, uhd = model.decoder.attention_bias, model.projector.any_aspect
   content = {
@@ -176,7 +178,7 @@ def config(model: ModelConfig, vision_source: str, dtype: str) -> dict[str, Any]
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
     "use_mm_proj": True,
-    **image_aspect(model),
+    **image_aspect(model, cut),
     "tune_mm_mlp_adapter": False,
     "freeze_mm_mlp_adapter": False,
     "tokenizer_padding_side": "right",
@@ -188,10 +190,10 @@ def config(model: ModelConfig, vision_source: str, dtype: str) -> dict[str, Any]
   return content | hiwin.fields(model.projector) | trained | {"image_aspect_ratio": "square"}
 
 
-def image_aspect(model: ModelConfig) -> dict[str, Any]:
+def image_aspect(model: ModelConfig, cut: bool) -> dict[str, Any]:
   """How the released code makes pictures fit the tower; a model with a token between rows of tiles takes tiles."""
   if not model.projector.image_newline:
-    return {"image_aspect_ratio": "pad"}
+    return {"image_aspect_ratio": "square" if cut else "pad"}
   tile = model.vision.image_size
   grids = [[columns * tile, rows * tile] for columns, rows in GRIDS]
   return {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grids}
