@@ -97,12 +97,6 @@ def test_rows_have_the_same_budget(suite):
     assert run.config.seed == 0 and run.config.evaluation.stages == "finetune"
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_every_run_has_a_folder_of_its_own(suite):
-  folders = [run.folder for run in plan.plan(suite, 3, Path("runs"))]
-  assert len(set(folders)) == len(folders)
-
-
 def test_a_vdim_is_shared_by_rows_that_would_train_the_same():
   shared = lambda suite: [run.vdim.label if run.vdim else "" for run in plan.plan(suite, 1, Path("runs"))]
   assert shared("uhd_modules") == ["", "", *["stage_vdim"] * 3]
