@@ -20,6 +20,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from mllm_jax.bench import count
 from mllm_jax.config import DecoderConfig, ProjectorConfig, VisionConfig
 from mllm_jax.parameters import readable
 from mllm_jax.weights import assemble, clip, llama, spatial
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> int:
     prog="python -m mllm_jax.bench convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--gigabytes", type=float, default=4.0, help="of weights (default: 4; at least 3)")
-  parser.add_argument("--repeat", type=int, default=3, help="how often each is measured (default: 3)")
+  parser.add_argument("--repeat", type=count, default=3, help="how often each is measured (default: 3)")
   parser.add_argument(
     "--folder", default="", help="where to work; needs three times the size (default: a temporary one)"
   )

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from mllm_jax.bench import count
 from mllm_jax.config import VisionConfig
 from mllm_jax.data.aspects import Square
 from mllm_jax.data.chat import VICUNA_SYSTEM, load_tokenizer
@@ -180,10 +181,10 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m mllm_jax.bench data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--samples", type=int, default=960, help="of which each repetition sees all (default: 960)")
-  parser.add_argument("--batch", type=int, default=16)
-  parser.add_argument("--workers", type=int, default=2, help="processes on each side (default: 2)")
-  parser.add_argument("--repeat", type=int, default=5, help="how often each side is measured (default: 5)")
+  parser.add_argument("--samples", type=count, default=960, help="of which each repetition sees all (default: 960)")
+  parser.add_argument("--batch", type=count, default=16)
+  parser.add_argument("--workers", type=count, default=2, help="processes on each side (default: 2)")
+  parser.add_argument("--repeat", type=count, default=5, help="how often each side is measured (default: 5)")
   args = parser.parse_args(argv)
   if args.samples < 2 * args.batch:
     parser.error("--samples must be two batches or more")

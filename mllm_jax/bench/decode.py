@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from mllm_jax import flops, parameters
+from mllm_jax.bench import count
 from mllm_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mllm_jax.data.processor import Row
 from mllm_jax.demo.towers_decoder import config as demo_decoder
@@ -168,9 +169,9 @@ def main(argv: list[str]) -> int:
     "--model", choices=list(MODELS), default="demo", help="whose size the decoder has (default: demo)"
   )
   parser.add_argument("--batch", default="1,16", help="prompts at once, several with commas (default: 1,16)")
-  parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: 64)")
-  parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (default: 64)")
-  parser.add_argument("--repeat", type=int, default=5, help="turns of each (default: 5)")
+  parser.add_argument("--prompt", type=count, default=64, help="tokens of a prompt (default: 64)")
+  parser.add_argument("--tokens", type=count, default=64, help="tokens of an answer (default: 64)")
+  parser.add_argument("--repeat", type=count, default=5, help="turns of each (default: 5)")
   parser.add_argument("--spatial", action="store_true", help="what LLaVA-SP's six tokens cost")
   options = parser.parse_args(argv)
   if options.spatial:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mllm_jax.bench import count
 from mllm_jax.models.projectors import windows
 from mllm_jax.models.projectors.hiwin import HiwinAttention
 
@@ -134,12 +135,12 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m mllm_jax.bench hiwin", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--width", type=int, default=1024, help="of the decoder (default: 1024)")
-  parser.add_argument("--vision-width", type=int, default=256, help="of the ViT (default: 256)")
-  parser.add_argument("--crops", type=int, default=2, help="in the batch (default: 2)")
-  parser.add_argument("--grid", type=int, nargs=2, default=(24, 24), help="of the ViT (default: 24 24)")
+  parser.add_argument("--width", type=count, default=1024, help="of the decoder (default: 1024)")
+  parser.add_argument("--vision-width", type=count, default=256, help="of the ViT (default: 256)")
+  parser.add_argument("--crops", type=count, default=2, help="in the batch (default: 2)")
+  parser.add_argument("--grid", type=count, nargs=2, default=(24, 24), help="of the ViT (default: 24 24)")
   parser.add_argument("--levels", type=int, nargs="+", default=(0, 2), help="of the pyramid (default: 0 2)")
-  parser.add_argument("--repeat", type=int, default=5, help="how often each is measured (default: 5)")
+  parser.add_argument("--repeat", type=count, default=5, help="how often each is measured (default: 5)")
   args = parser.parse_args(argv)
   try:
     import torch

@@ -19,6 +19,7 @@ import numpy as np
 
 from mllm_jax import parameters, recipes, sharding
 from mllm_jax.batch import Batch
+from mllm_jax.bench import count
 from mllm_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, ProjectorConfig, StageConfig
 from mllm_jax.models.mllm import abstract
 from mllm_jax.training import optimizer as optimizer_lib
@@ -120,10 +121,10 @@ def measure(steps: int, repeat: int, rows: int, length: int) -> dict[str, tuple[
 
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="python -m mllm_jax.bench step", description=__doc__)
-  parser.add_argument("--steps", type=int, default=100, help="of a turn")
-  parser.add_argument("--repeat", type=int, default=5, help="turns of each")
-  parser.add_argument("--rows", type=int, default=16, help="of a host's share of a batch")
-  parser.add_argument("--length", type=int, default=2048, help="places of a row")
+  parser.add_argument("--steps", type=count, default=100, help="of a turn")
+  parser.add_argument("--repeat", type=count, default=5, help="turns of each")
+  parser.add_argument("--rows", type=count, default=16, help="of a host's share of a batch")
+  parser.add_argument("--length", type=count, default=2048, help="places of a row")
   options = parser.parse_args(argv)
   found = measure(options.steps, options.repeat, options.rows, options.length)
   for name, (arrays, times) in found.items():

@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from mllm_jax.bench import count
+
 NAMES = {"ours": "ours", "torch": "PyTorch"}
 FULL = ("out of memory", "resource_exhausted")  # what jax and PyTorch say then, in small letters
 
@@ -178,10 +180,10 @@ def main(argv: list[str]) -> int:
   )
   sizes, remats = ("demo", "300m", "7b"), ("none", "named", "offload", "full")
   parser.add_argument("--model", choices=sizes, default="", help="default: 7b, on a CPU demo")
-  parser.add_argument("--batch", type=int, default=0, help="rows, a picture each (default: 16)")
-  parser.add_argument("--length", type=int, default=0, help="places of a row (default: the recipe's, 2048; demo 192)")
+  parser.add_argument("--batch", type=count, default=0, help="rows, a picture each (default: 16)")
+  parser.add_argument("--length", type=count, default=0, help="places of a row (default: the recipe's, 2048; demo 192)")
   parser.add_argument("--remat", choices=remats, default="", help="default: the recipe's, full; demo none")
-  parser.add_argument("--repeat", type=int, default=5, help="turns of each side (default: 5)")
+  parser.add_argument("--repeat", type=count, default=5, help="turns of each side (default: 5)")
   parser.add_argument("--only", choices=list(NAMES), default="", help="one side alone")
   args = parser.parse_args(argv)
   missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_jax.bench import count
 from mllm_jax.parameters import readable
 
 SIDE = 14
@@ -210,12 +211,12 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m mllm_jax.bench vdim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--height", type=int, default=Size.height, help="of the patch grid (default: %(default)s)")
-  parser.add_argument("--width", type=int, default=Size.width, help="of the patch grid (default: %(default)s)")
-  parser.add_argument("--channels", type=int, default=Size.channels, help="of the features (default: %(default)s)")
+  parser.add_argument("--height", type=count, default=Size.height, help="of the patch grid (default: %(default)s)")
+  parser.add_argument("--width", type=count, default=Size.width, help="of the patch grid (default: %(default)s)")
+  parser.add_argument("--channels", type=count, default=Size.channels, help="of the features (default: %(default)s)")
   parser.add_argument("--levels", type=int, default=Size.levels, choices=(1, 2), help="stages (default: %(default)s)")
-  parser.add_argument("--rounds", type=int, default=2, help="processes of each side (default: %(default)s)")
-  parser.add_argument("--repeat", type=int, default=1, help="timed calls in a process (default: %(default)s)")
+  parser.add_argument("--rounds", type=count, default=2, help="processes of each side (default: %(default)s)")
+  parser.add_argument("--repeat", type=count, default=1, help="timed calls in a process (default: %(default)s)")
   args = parser.parse_args(argv)
   size = Size(args.height, args.width, args.channels, args.levels)
   with tempfile.TemporaryDirectory(prefix="mllm_jax_bench_") as folder:

@@ -1,6 +1,7 @@
 """The benchmark of a step's host time: its state is as the real one's; how fast it was is not asked."""
 
 import numpy as np
+import pytest
 
 from mllm_jax.bench import step
 from mllm_jax.bench.__main__ import main
@@ -27,3 +28,10 @@ def test_a_turn_takes_real_steps(tmp_path):
 
 def test_it_is_listed(capsys):
   assert main([]) == 0 and "\n  step " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x"])
+def test_counts_are_of_one_or_more(value, capsys):
+  with pytest.raises(SystemExit) as error:
+    main(["step", f"--steps={value}"])
+  assert error.value.code == 2 and f"--steps: {value} must be" in capsys.readouterr().err
