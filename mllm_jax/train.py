@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from mllm_jax import distributed, preflight
 from mllm_jax.command_line import help_text, parse
@@ -65,25 +65,7 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
   say(f"{config.name}: {' then '.join(names)} on {mesh.size} {kind} device(s){processes} ({shape}) in {workdir}")
 
   # ---- workdir and data ----------------------------------------------------------------------------------------------
-  with distributed.agreed("workdir"):
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise ConfigError(f"--workdir={workdir}: {error.strerror}; name a folder that can be made") from error
-    _held = lock(workdir) if distributed.is_first() else None
-  distributed.check_shared(workdir)
-  with distributed.agreed("demo data"):
-    if config.demo and distributed.is_first():
-      from mllm_jax.demo.write import Sizes
-      from mllm_jax.demo.write import write as write_demo
-
-      say(f"writing the digits data set to {workdir / 'data'}")
-      try:
-        write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
-      except FileExistsError as error:
-        raise ConfigError(f"the demo's data go to WORKDIR/data, and {error}") from error
-
-  # ---- all data, before the first stage takes hours ------------------------------------------------------------------
+  _held = open_workdir(config, workdir)
   prepared = {name: prepare(config, name, workdir, mesh) for name in names if name != "vdim"}
   for name in names[1:]:
     with distributed.agreed(f"{name}, first batch"):
@@ -120,6 +102,29 @@ def run(config: Config, workdir: Path, recipe: str) -> None:
       save_model(workdir)
   if distributed.is_first():
     say(summary(report.read_log(str(workdir / "metrics.jsonl")), workdir, time.time() - started))
+
+
+def open_workdir(config: Config, workdir: Path) -> IO | None:
+  """Makes the workdir, and the demo's data in it. Returns what keeps other runs out as long as it is kept, in the first
+  process."""
+  with distributed.agreed("workdir"):
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ConfigError(f"--workdir={workdir}: {error.strerror}; name a folder that can be made") from error
+    held = lock(workdir) if distributed.is_first() else None
+  distributed.check_shared(workdir)
+  with distributed.agreed("demo data"):
+    if config.demo and distributed.is_first():
+      from mllm_jax.demo.write import Sizes
+      from mllm_jax.demo.write import write as write_demo
+
+      say(f"writing the digits data set to {workdir / 'data'}")
+      try:
+        write_demo(workdir / "data", seed=0, sizes=Sizes(shapes=config.demo_shapes))
+      except FileExistsError as error:
+        raise ConfigError(f"the demo's data go to WORKDIR/data, and {error}") from error
+  return held
 
 
 class Prepared(NamedTuple):

@@ -188,7 +188,6 @@ def fail(capsys, folder: Path, *options: str, workdir: str = "wrong", recipe: st
     (["--config.model.vision="], "model.vision = (empty)"),
     (["--config.pretain.steps=3"], "--config.pretain.steps=3: there is no field 'pretain'; Config has name, demo"),
     (["--config.seed=-1"], "seed=-1 must be between 0 and 4294967295"),
-    (["--config.checkpoint_every=0"], "checkpoint_every=0 must be 1 or more"),
     (["--config.evaluation.batch_size=0"], "evaluation.batch_size=0 must be 1 or more"),
     (["--config.pretrain.warmup_ratio=nan"], "pretrain.warmup_ratio=nan must be between 0 and 1"),
     (["--config.pretrain.beta2=1.0"], "pretrain.beta2=1.0 must be at least 0 and below 1"),
